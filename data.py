@@ -1,0 +1,350 @@
+"""Datasets, the paper's prompts x and f(x, y), and the one batch layout of this repository.
+
+    examples, notes = data.examples("gsm8k", tokenizer, data="train.jsonl")     # rows of token ids: id, x, y, f
+    batch = data.batch([row["x"] for row in rows], [row["y"] for row in rows])
+    logits = data.response_logits(model, batch)                                 # [B, L, V], ready for any loss here
+
+A task fixes the columns that are read, the templates of the paper's appendix A.1, the length limits and the hub name; a
+local .jsonl, .json or .parquet file (or another hub set) with the same columns can stand in for the hub set.
+
+Decisions that the paper leaves open
+- Losses cover the response only; the prompt is never a target.
+- Lengths are in tokens, EOS included. A TL;DR post is cut as in the OpenAI code (the end `TL;DR:` stays). In the other
+  tasks a prompt is never cut: a row whose x, or whose f(x, y), is too long is left out, counted and reported.
+- A response over its limit is cut and carries no EOS then: the model is not taught to stop in mid-sentence. Also counted.
+- General QA takes the first turn of a dialogue, as SPIN does. Math trains with the paper's evaluation prompt, so that the
+  model meets the same template in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import datasets
+import torch
+
+RAC_SYSTEM = (  # appendix A.1, word for word ("Your will" included)
+    "You are a helpful assistant to answer user's question. Your will be given both a question and reference response. "
+    "You need to give a new response to the question and contain the main content in the reference response."
+)
+
+
+# ---------------------------------------------------------------------------------------------- prompt templates
+def chat(tokenizer, user: str, system: str = "") -> str:
+    """One user turn, ready for the answer: through the tokenizer's own chat template, else in the Zephyr form of A.1.
+
+    >>> chat(tokenizer_without_template, "Why?")
+    '<|system|>\\n</s>\\n<|user|>\\nWhy?</s>\\n<|assistant|>\\n'
+    """
+    if not tokenizer.chat_template:
+        eos = tokenizer.eos_token
+        return f"<|system|>\n{system}{eos}\n<|user|>\n{user}{eos}\n<|assistant|>\n"
+
+    def render(messages: list[dict]) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    try:
+        return render([{"role": "system", "content": system}, {"role": "user", "content": user}])
+    except Exception as error:  # jinja2's TemplateError: some templates (Gemma, Mistral-Instruct) know no system turn
+        if type(error).__module__.split(".")[0] != "jinja2":
+            raise
+        return render([{"role": "user", "content": f"{system}\n\n{user}".strip()}])
+
+
+def tldr_x(row: dict, tokenizer, limit: int) -> str:
+    """The OpenAI TL;DR query. While it is too long the post is cut at its last newline, or loses a character."""
+    title = "".join(f"{key.upper()}: {prefix}{row[key]}\n\n" for key, prefix in TLDR_HEAD.items() if row.get(key))
+    post = row["post"]
+    while True:
+        text = f"{title}POST: {post}\n\nTL;DR:"
+        over = len(tokenize(tokenizer, text)) - limit
+        if over <= 0 or not post:
+            return text
+        newline = post.rfind("\n")
+        post = post[:newline] if newline >= 0 else post[: -max(1, over // 4)]  # a character has at most 4 tokens (bytes)
+
+
+def tldr_f(row: dict, tokenizer, limit: int) -> str:
+    """f(x, y) of A.1 for summarization. x is the post as the model sees it, cut where the query cuts it."""
+    x = tldr_x(row, tokenizer, limit).removesuffix("\n\nTL;DR:")
+    return (
+        f"[POST]: {x}\n\n[REFERENCE SUMMARY]: {row['response'].strip()}\n\n"
+        "Re-write a new summary of the post and cover the main content in the reference summary. TL;DR:"
+    )
+
+
+def qa_f(row: dict, tokenizer, limit: int) -> str:
+    """f(x, y) of A.1 for general and math QA."""
+    user = f"{row['prompt']}\nAnswer this question based on the following reference response: {row['response']}"
+    return chat(tokenizer, user, RAC_SYSTEM)
+
+
+TLDR_HEAD = {"subreddit": "r/", "title": ""}  # the optional lines above the post, and what stands before their value
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one task reads and how it is prompted. The columns `prompt` and `response` may be mapped from others."""
+
+    hub: tuple[str, ...]  # name (and configurations) on the hub
+    splits: tuple[str, str]  # train and test
+    prompt: str  # the column that holds the question (or the post)
+    response: str  # the column that holds y
+    max_prompt: int  # tokens of x
+    max_response: int  # tokens of y, and of z
+    x: Callable[[dict, object, int], str]
+    f: Callable[[dict, object, int], str]
+    before_response: str = ""  # text between prompt and response that belongs to the response
+
+
+def math_x(row: dict, tokenizer, limit: int) -> str:
+    return chat(tokenizer, f"{row['prompt']} Let's think step by step.")
+
+
+MATH_CONFIGS = (
+    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra"),
+    *("number_theory", "prealgebra", "precalculus"),
+)
+TASKS = {
+    "toy": Task(
+        (), ("train", "test"), "prompt", "response", 128, 96,
+        x=lambda row, tokenizer, limit: row["prompt"],
+        f=lambda row, tokenizer, limit: f"reference : {row['response']} question : {row['prompt']}",
+    ),
+    "tldr": Task(
+        ("vwxyzjn/summarize_from_feedback_tldr_3_filtered",), ("train", "test"), "post", "summary", 512, 53,
+        x=tldr_x, f=tldr_f, before_response=" ",
+    ),
+    "ultrachat": Task(
+        ("HuggingFaceH4/ultrachat_200k",), ("train_sft", "test_sft"), "prompt", "messages", 1024, 1024,
+        x=lambda row, tokenizer, limit: chat(tokenizer, row["prompt"]), f=qa_f,
+    ),
+    "gsm8k": Task(("openai/gsm8k", "main"), ("train", "test"), "question", "answer", 512, 512, x=math_x, f=qa_f),
+    "math": Task(
+        ("EleutherAI/hendrycks_math", *MATH_CONFIGS), ("train", "test"), "problem", "solution", 512, 1024,
+        x=math_x, f=qa_f,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- rows
+def read(path: str) -> list[dict]:
+    """The rows of a local .jsonl, .json (a list) or .parquet file. Raises ValueError naming file and line."""
+    if path.endswith(".parquet"):
+        return datasets.Dataset.from_parquet(path).to_list()
+    try:
+        with open(path, encoding="utf-8") as file:
+            if path.endswith(".json"):
+                rows = json.load(file)
+                if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+                    raise ValueError(f"{path}: a .json file must hold a list of objects")
+                return rows
+            rows = []
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"{path}, line {number}: must be an object with the columns of the task")
+            return rows
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+
+
+def load_rows(task: str, path: str | None = None, split: str = "train", columns: str = "") -> list[dict]:
+    """Rows with at least `prompt` and `response` (strings) and `id` (the row's index in the source).
+
+    path: a local file, another hub set, or None for the task's own hub set. split: "train" or "test" (hub sets only).
+    columns: e.g. "prompt=instruction+input,response=output" for files with other names; a + joins with a blank line.
+    Raises ValueError (or OSError) with one line that names the file, row or column.
+    """
+    spec = TASKS[task]
+    if path and os.path.splitext(path)[1] in (".jsonl", ".json", ".parquet"):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"--data {path}: no such file")
+        rows, source = read(path), path
+    else:
+        if not path and not spec.hub:
+            raise ValueError(f"--task {task} needs --data; `python toy.py data --out DIR` writes it")
+        if path and os.path.exists(path):
+            raise ValueError(f"--data {path}: must be a .jsonl, .json or .parquet file, or the name of a hub set")
+        name, *configs = (path,) if path else spec.hub
+        split, source = spec.splits[split == "test"], name
+        try:
+            parts = [datasets.load_dataset(name, config, split=split) for config in configs or [None]]
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"data set {name} ({split}) could not be loaded: {reason}; --data names a file") from None
+        rows = datasets.concatenate_datasets(parts)
+
+    wanted = {"prompt": spec.prompt, "response": spec.response}
+    for pair in filter(None, columns.split(",")):
+        key, _, value = pair.partition("=")
+        if key not in wanted or not value:
+            raise ValueError(f"--columns {columns}: give it as prompt=NAME,response=NAME")
+        wanted[key] = value
+    if not len(rows):
+        raise ValueError(f"{source}: no rows")
+    return [{**row, **one_row(row, wanted, f"{source}, row {i}"), "id": i} for i, row in enumerate(rows)]
+
+
+def one_row(row: dict, wanted: dict[str, str], where: str) -> dict[str, str]:
+    """`prompt` and `response` of a row, checked. `where` names the row in errors."""
+    texts = {}
+    for key, names in wanted.items():
+        parts = []
+        for name in names.split("+"):
+            if name not in row:
+                raise ValueError(f"{where}: no column {name!r} for the {key}; there are {', '.join(row)} (see --columns)")
+            value = row[name]
+            if name == "messages" and isinstance(value, list):  # a dialogue: the first answer
+                value = next((turn.get("content") for turn in value if turn.get("role") == "assistant"), "")
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: column {name!r} is {type(value).__name__}, not text")
+            if value.strip():
+                parts.append(value)
+        texts[key] = "\n\n".join(parts)
+        if not texts[key]:
+            raise ValueError(f"{where}: empty {key} (column {names!r}); remove the row")
+    return texts
+
+
+# ---------------------------------------------------------------------------------------------- token ids
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Token ids, with exactly one BOS where the tokenizer would put one itself (a chat template may bring its own)."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
+        ids = [bos, *ids]
+    return ids
+
+
+def encode(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """x, and y ending in EOS. The two are cut apart after joint tokenisation where the border falls between tokens, so
+    that y begins as it would in running text (SentencePiece puts a space before a text that stands alone)."""
+    x = tokenize(tokenizer, prompt)
+    both = tokenize(tokenizer, prompt + response)
+    y = both[len(x) :] if both[: len(x)] == x else tokenizer(response, add_special_tokens=False)["input_ids"]
+    return x, [*y, tokenizer.eos_token_id]
+
+
+def examples(
+    task: str,
+    tokenizer,
+    *,
+    data: str | None = None,
+    split: str = "train",
+    columns: str = "",
+    limit: int = 0,
+    max_prompt: int = 0,
+    max_response: int = 0,
+    max_reference: int = 0,
+) -> tuple[datasets.Dataset, list[str]]:
+    """Tokenised examples, and notes on what was cut or left out, for the caller to print.
+
+    Returns a data set with columns id, x, y (ends in EOS unless cut), and, with max_reference > 0, f (the labelling
+    prompt f(x, y)). limit keeps the first rows; a limit of 0 means the task's own. Raises ValueError.
+    """
+    spec = TASKS[task]
+    max_prompt, max_response = max_prompt or spec.max_prompt, max_response or spec.max_response
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token: a model could not learn to stop; set tokenizer.eos_token")
+    rows = load_rows(task, data, split, columns)
+    rows = rows[:limit] if limit else rows
+    kept, cut, long_x, long_f = [], 0, [], []
+    for row in rows:
+        x, y = encode(tokenizer, spec.x(row, tokenizer, max_prompt), spec.before_response + row["response"].strip())
+        example = {"id": row["id"], "x": x, "y": y[:max_response]}
+        if max_reference:
+            example["f"] = tokenize(tokenizer, spec.f(row, tokenizer, max_prompt))
+        if len(x) > max_prompt:
+            long_x.append(row["id"])
+        elif max_reference and len(example["f"]) > max_reference:
+            long_f.append(row["id"])
+        else:
+            cut += len(y) > max_response
+            kept.append(example)
+    notes = [f"{len(kept)} examples of task {task} from {data or spec.hub[0]}"]
+    if long_x:
+        notes.append(f"{len(long_x)} rows left out: x over {max_prompt} tokens (--max-prompt), first: row {long_x[0]}")
+    if long_f:
+        notes.append(
+            f"{len(long_f)} rows left out: f(x, y) over {max_reference} tokens (--max-reference), first: row {long_f[0]}"
+        )
+    if cut:
+        notes.append(f"{cut} responses cut at {max_response} tokens (--max-response), without EOS")
+    if not kept:
+        raise ValueError(f"no example is left: {'; '.join(notes[1:])}")
+    return datasets.Dataset.from_list(kept), notes
+
+
+def load(args: argparse.Namespace, tokenizer, split: str = "train") -> tuple[datasets.Dataset, list[str]]:
+    """`examples` with the flags of a command line."""
+    names = ("data", "columns", "limit", "max_prompt", "max_response", "max_reference")
+    chosen = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if chosen.get("max_reference") == 0:
+        spec = TASKS[args.task]
+        chosen["max_reference"] = (args.max_prompt or spec.max_prompt) + (args.max_response or spec.max_response) + 128
+    return examples(args.task, tokenizer, split=split, **chosen)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+@dataclass
+class Batch:
+    """[ left-padded prompt | right-padded response ], without the last response token, which nothing follows."""
+
+    input_ids: torch.Tensor  # [B, P + L - 1]
+    attention_mask: torch.Tensor  # [B, P + L - 1]
+    position_ids: torch.Tensor  # [B, P + L - 1]
+    y: torch.Tensor  # [B, L]  the response, 0 where padded
+    mask: torch.Tensor  # [B, L]  bool, True on the response's tokens
+
+
+def pad_responses(responses: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids [B, L] and their bool mask [B, L], L >= 1. Masks come from lengths, so that pad may equal EOS."""
+    length = max(1, max(map(len, responses)))
+    ids = torch.tensor([[*y, *[0] * (length - len(y))] for y in responses], dtype=torch.long, device=device)
+    sizes = torch.tensor([len(y) for y in responses], device=device)
+    return ids, torch.arange(length, device=device) < sizes[:, None]
+
+
+def batch(prompts: list[list[int]], responses: list[list[int]], device: torch.device | str = "cpu") -> Batch:
+    """Pads B prompts and responses (token ids) into the layout. An empty response gives a row without loss tokens.
+
+    Example: x = [[5, 6, 7], [8]], y = [[1, 2], [3, 4]] gives
+        input_ids      5 6 7 1      attention_mask 1 1 1 1      position_ids 0 1 2 3      y 1 2
+                       0 0 8 3                     0 0 1 1                   0 0 0 1        3 4
+    """
+    width = max(map(len, prompts))
+    y, mask = pad_responses(responses, device)
+    x = torch.tensor([[*[0] * (width - len(x)), *x] for x in prompts], dtype=torch.long, device=device)
+    sizes = torch.tensor([len(x) for x in prompts], device=device)
+    x_mask = torch.arange(width, device=device) >= width - sizes[:, None]
+    attention_mask = torch.cat([x_mask, mask], dim=1)[:, :-1].long()
+    return Batch(
+        input_ids=torch.cat([x, y], dim=1)[:, :-1],
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        y=y,
+        mask=mask,
+    )
+
+
+def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """logits [B, L, V]: logits[:, j] predicts response token j. One teacher-forced pass; the prompt's are never made."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=batch.y.shape[1],
+    ).logits

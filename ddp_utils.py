@@ -1,0 +1,537 @@
+"""What every stage shares: processes, FSDP2, the optimiser step, checkpoints, logs and offline generation.
+
+    torchrun --nproc-per-node 8 sft.py ...     one process per GPU (NCCL), or per CPU share (gloo)
+    python sft.py ...                          one process, no process group
+
+A stage reads:
+
+    run = Run(args, model, tokenizer)
+    for batch, micro_batches in run.steps(rows, args.epochs):       # one phase: its own AdamW and schedule
+        n = sum(len(row["y"]) for row in batch)                     # tokens of the global batch
+        for rows in micro_batches:                                  # this rank's share of it
+            run.backward(sft=loss_sum(rows) / n)                    # gradients add up
+    run.finish()                                                    # a Hugging Face folder in --out
+
+Exact normalisation: every rank sees the rows of the whole global batch, so it divides its sums by the *global* counts
+and no rank, micro-batch or ragged length weighs more than another. FSDP averages gradients over ranks, hence the factor
+world_size in `backward`. Master weights are float32; --dtype bfloat16 computes in bf16 and reduces in float32.
+
+The model stays in eval mode, so dropout is off in training too (as in the code the paper builds on), and a step depends
+on nothing but the weights, the batch and the seed. That is what makes a resumed run equal to an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+# ---------------------------------------------------------------------------------------------- processes
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(key, default)) for key, default in
+                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+
+
+@functools.cache
+def init() -> torch.device:
+    """Joins the process group that torchrun describes (if any) and returns this rank's device."""
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
+    if WORLD > 1:  # the long timeout is for ranks that wait for another's generation; torchrun ends the dead ones' peers
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
+    return device
+
+
+def print0(*words: object) -> None:
+    """Prints on rank 0, without tearing a progress bar."""
+    if RANK == 0:
+        tqdm.write(" ".join(map(str, words)), file=sys.stderr)
+
+
+def barrier() -> None:
+    if WORLD > 1:
+        dist.barrier()
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks."""
+    if WORLD > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def fold_in(seed: int, *numbers: int) -> int:
+    """A new seed (63 bits) from a seed and numbers such as the iteration or the step."""
+    digest = hashlib.blake2b(repr((seed, *numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Runs a script's main. A user's mistake (ValueError, OSError) is one line, not a stack trace; DEBUG=1 shows it."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("DEBUG"):
+            raise
+        if RANK == 0:
+            message = " ".join(str(error).split())
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # let rank 0 say it before torchrun ends everyone
+        os._exit(2) if WORLD > 1 else sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------- flags
+def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+    """An argparse type: a finite number within [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high):
+            bounds = f" in [{low:g}, {high:g}]" if math.isfinite(high) else f" of at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}{bounds}")
+        return value
+
+    return parse
+
+
+count = number(0, kind=int)
+
+
+def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
+    """The flags that every stage takes. doc: the stage's docstring."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub name to start from")
+    p.add_argument("--task", required=True, choices=tasks, help="columns, templates, lengths and hub set")
+    p.add_argument("--data", help="a local .jsonl/.json/.parquet file, or another hub set")
+    p.add_argument("--columns", default="", help="prompt=NAME,response=NAME where the file's columns differ")
+    p.add_argument("--limit", type=count, default=0, help="use only the first N rows (0: all)")
+    p.add_argument("--max-prompt", type=count, default=0, help="tokens of x (0: the task's own)")
+    p.add_argument("--max-response", type=count, default=0, help="tokens of y and z (0: the task's own)")
+    p.add_argument("--out", required=True, help="folder for the model, log.jsonl and args.json")
+    p.add_argument("--max-steps", type=count, default=0, help="at most so many steps in each phase (0: no limit)")
+    p.add_argument("--batch-size", type=number(1, kind=int), default=512, help="rows in the global batch (Table 5)")
+    p.add_argument("--micro-batch-size", type=number(1, kind=int), default=8, help="rows in one pass of one rank")
+    p.add_argument("--lr", type=number(0), default=5e-6, help="peak learning rate (Table 5)")
+    p.add_argument("--warmup", type=number(0, 1), default=0.1, help="share of the steps that warm up (Table 5)")
+    p.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    p.add_argument("--seed", type=count, default=0)
+    p.add_argument("--checkpoint-every", type=count, default=500, help="steps between checkpoints (0: none)")
+    return p
+
+
+# ---------------------------------------------------------------------------------------------- model
+def load_tokenizer(path: str) -> AutoTokenizer:
+    """The tokenizer of a model folder or hub name. Raises OSError in one line."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a missing or broken tokenizer shows as OSError, ValueError, TypeError or ImportError
+        raise OSError(f"--model {path}: no tokenizer could be loaded ({str(error).strip().splitlines()[0]})") from None
+
+
+def load_model(path: str, dtype: str = "float32") -> torch.nn.Module:
+    """A causal language model on this rank's device, sharded over the ranks where there are several.
+
+    The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments).
+    """
+    device = init()
+    if not os.path.isdir(path) and (os.path.exists(path) or path.count("/") > 1 or path.startswith((".", "/"))):
+        raise FileNotFoundError(f"--model {path}: no such folder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except Exception as error:
+        raise OSError(f"--model {path}: could not be loaded ({str(error).strip().splitlines()[0]})") from None
+    model.eval().to(device)
+    return shard(model, dtype)
+
+
+def shard(model: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:
+    """FSDP2: each transformer block a group, then the root (so tied embeddings stay in one). One float32 process: as is."""
+    if WORLD == 1 and dtype == "float32":
+        return model
+    if not dist.is_initialized():  # bf16 on one device: the same mixed-precision policy, on a group of one
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = dist.init_device_mesh(model.device.type, (WORLD,))
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+    blocks = set(model._no_split_modules or [])
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+@contextlib.contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a sharded model holds all its weights on every rank, so that ranks may run different numbers of forwards.
+
+    Not between a backward and its optimiser step (the root would keep stale weights)."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)  # the root stays gathered until backward
+
+
+def check_fits(model: torch.nn.Module, tokens: int, largest_id: int, what: str) -> None:
+    """Raises ValueError where a sequence of so many tokens, or a token id, would not fit the model."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise ValueError(
+            f"{what} take up to {tokens} tokens, the model has {limit} positions: lower --max-prompt or --max-response"
+        )
+    if largest_id >= model.config.vocab_size:
+        raise ValueError(
+            f"{what} hold token id {largest_id}, the model's vocabulary ends at {model.config.vocab_size - 1}: "
+            "model and tokenizer do not belong together"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the training loop
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the share `warmup` of the steps, then cosine to 0 (Table 5). step counts from 0."""
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def batch_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
+    """Row numbers of the step-th global batch: a pure function, so that a resumed run sees the same data.
+
+    Each epoch is a fresh permutation of the n rows; its last batch may be smaller."""
+    epoch, k = divmod(step, math.ceil(n / batch_size))
+    generator = torch.Generator().manual_seed(fold_in(seed, epoch))
+    return torch.randperm(n, generator=generator)[k * batch_size : (k + 1) * batch_size].tolist()
+
+
+class Run:
+    """One training run: --out, its log and checkpoints, the optimiser step. Phases are numbered as `steps` is called."""
+
+    def __init__(self, args: argparse.Namespace, model: torch.nn.Module, tokenizer: AutoTokenizer) -> None:
+        self.args, self.model, self.tokenizer, self.out = args, model, tokenizer, Path(args.out)
+        self.device = model.device
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.phase = self.total = 0  # phases begun, steps done in all of them
+        self.resume = {"phase": 0, "step": 0}
+        self.stopped = False
+        self._log = open(self.out / "log.jsonl", "a") if RANK == 0 else None
+        self._load_checkpoint()
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sig, self._stop)
+
+    def _stop(self, *_: object) -> None:
+        self.stopped = True
+
+    def steps(self, rows: datasets.Dataset, epochs: float) -> Iterator[tuple[list[dict], list[list[dict]]]]:
+        """Yields (rows of the global batch, this rank's micro-batches); when resumed with, takes the optimiser step.
+
+        A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row.
+        Ranks with fewer rows get rows with empty sequences, so that all ranks take part in every pass.
+        """
+        args, phase = self.args, self.phase
+        self.phase += 1
+        steps = math.ceil(epochs * math.ceil(len(rows) / args.batch_size))
+        steps = min(steps, args.max_steps) if args.max_steps else steps
+        if phase < self.resume["phase"] or not steps:  # done before the interruption, or nothing to do
+            return
+        self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, weight_decay=0.0, fused=True)
+        first = self.resume["step"] if phase == self.resume["phase"] else 0
+        if first:
+            self._load_optimizer()
+        bar = tqdm(total=steps, initial=first, desc=f"{Path(sys.argv[0]).stem} {self.phase}", disable=RANK != 0)
+        for step in range(first, steps):
+            started = time.time()
+            picked = batch_rows(len(rows), step, args.batch_size, fold_in(args.seed, phase))
+            batch = [rows[i] for i in picked]
+            mine = batch[RANK::WORLD]
+            share = math.ceil(len(batch) / WORLD)
+            empty = {key: [] if isinstance(value, list) else value for key, value in batch[0].items()} | {"x": batch[0]["x"]}
+            mine += [empty] * (share - len(mine))
+            size = args.micro_batch_size
+            micro_batches = [mine[i : i + size] for i in range(0, share, size)]
+            self._left, self._terms = len(micro_batches), {}
+            yield batch, micro_batches
+            record = self._update(learning_rate(step, steps, args.lr, args.warmup), batch)
+            seconds = time.time() - started
+            tokens = sum(len(row["x"]) + len(row["y"]) for row in batch)
+            record = {"phase": self.phase, "step": step + 1, **record, "tokens": tokens, "seconds": round(seconds, 4)}
+            self.total += 1
+            if self._log:
+                self._log.write(json.dumps(record) + "\n")
+                self._log.flush()
+            bar.set_postfix({k: f"{record[k]:.3f}" for k in ("loss", *self._terms)} | {"tok/s": f"{tokens / seconds:.0f}"})
+            bar.update()
+            last = step + 1 == steps
+            if self.stopped or (args.checkpoint_every and (last or (step + 1) % args.checkpoint_every == 0)):
+                self._save_checkpoint({"phase": phase + last, "step": 0 if last else step + 1})
+            if self.stopped:
+                bar.close()
+                raise SystemExit(f"stopped after step {step + 1}; the same command goes on from there")
+        bar.close()
+
+    def backward(self, **terms: torch.Tensor) -> None:
+        """Adds the gradients of the sum of the terms, each this rank's share of a global mean, for one micro-batch."""
+        self._left -= 1
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(self._left == 0)  # reduce once, with the step's last micro-batch
+        (sum(terms.values()) * WORLD).backward()
+        for name, value in terms.items():
+            self._terms[name] = self._terms.get(name, 0) + value.detach()
+
+    def _update(self, lr: float, batch: list[dict]) -> dict[str, float]:
+        """Clips, steps and returns what to log. Raises ValueError at a loss or gradient that is not finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.args.clip or math.inf)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        sums = all_sum(torch.stack([torch.as_tensor(float(v)) for v in (*self._terms.values(), self.stopped)]).to(self.device))
+        *terms, stopped = sums.tolist()
+        self.stopped = stopped > 0  # all ranks stop at the same step
+        if not math.isfinite(norm + sum(terms)):
+            ids = ", ".join(str(row.get("id")) for row in batch)
+            raise ValueError(f"step {self.total + 1}: loss {terms} or gradient norm {norm} is not finite; rows {ids}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = dict(zip(self._terms, terms, strict=True))
+        return {"loss": sum(terms.values()), **terms, "grad_norm": norm, "lr": lr}
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+    def _save_checkpoint(self, where: dict[str, int]) -> None:
+        """Model, optimiser and position, under a temporary name and then renamed; the last two are kept."""
+        folder = self.out / "checkpoints" / f"{where['phase']:03d}-{where['step']:08d}"
+        partial = folder.with_name(folder.name + ".partial")
+        if RANK == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        barrier()
+        model, optimizer = dcp_state.get_state_dict(self.model, self.optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial)
+        if RANK == 0:
+            write_json(partial / "state.json", {**where, "total": self.total})
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            for old in self._checkpoints()[:-2]:
+                shutil.rmtree(old)
+        barrier()
+
+    def _checkpoints(self) -> list[Path]:
+        folders = (self.out / "checkpoints").glob("*-*")
+        return sorted(folder for folder in folders if folder.suffix != ".partial")
+
+    def _load_checkpoint(self) -> None:
+        if not self._checkpoints():
+            return self._cut_log()
+        self._from = self._checkpoints()[-1]
+        self.resume = json.loads((self._from / "state.json").read_text())
+        self.total = self.resume["total"]
+        model = dcp_state.get_model_state_dict(self.model)
+        dcp.load({"model": model}, checkpoint_id=self._from)
+        dcp_state.set_model_state_dict(self.model, model)
+        self._cut_log()
+        print0(f"goes on from {self._from} (step {self.total})")
+
+    def _load_optimizer(self) -> None:
+        model, optimizer = dcp_state.get_state_dict(self.model, self.optimizer)
+        dcp.load({"optimizer": optimizer}, checkpoint_id=self._from)
+        dcp_state.set_optimizer_state_dict(self.model, self.optimizer, optimizer)
+
+    def _cut_log(self) -> None:
+        """Drops the log lines of steps that will be done again."""
+        if self._log:
+            lines = (self.out / "log.jsonl").read_text().splitlines(keepends=True)[: self.total]
+            self._log.truncate(0)
+            self._log.writelines(lines)
+            self._log.flush()
+
+    def finish(self) -> None:
+        """Saves the model as a Hugging Face folder and removes the checkpoints. config.json comes last: it marks the end."""
+        save_model(self.model, self.tokenizer, self.out)
+        barrier()
+        if RANK == 0:
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        print0(f"saved {self.out}")
+
+
+def start(
+    args: argparse.Namespace, load_examples: Callable[[argparse.Namespace, AutoTokenizer], tuple[datasets.Dataset, list[str]]]
+) -> tuple[Run, datasets.Dataset]:
+    """Opens --out, then reads tokenizer, examples and model: a mistake in the data shows before the weights are read.
+
+    Ends the program where the same command has finished before."""
+    init()
+    if not open_out(args):
+        raise SystemExit(0)
+    tokenizer = load_tokenizer(args.model)
+    examples, notes = load_examples(args, tokenizer)
+    for note in notes:
+        print0(note)
+    if len(examples) < WORLD:
+        raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
+    model = load_model(args.model, args.dtype)
+    tokens = max(max(len(row["x"]), len(row.get("f", []))) + len(row["y"]) for row in examples)
+    check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
+    accumulation = math.ceil(math.ceil(min(args.batch_size, len(examples)) / WORLD) / args.micro_batch_size)
+    print0(f"batch {args.batch_size} = {WORLD} processes x {accumulation} micro-batches of up to {args.micro_batch_size} rows")
+    return Run(args, model, tokenizer), examples
+
+
+# ---------------------------------------------------------------------------------------------- folders
+def write_json(path: Path, value: object) -> None:
+    """Writes under a temporary name and renames, so that a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.rename(path)
+
+
+def open_out(args: argparse.Namespace) -> bool:
+    """Claims --out for this command and writes args.json. False: this very command has finished there before.
+
+    Raises ValueError where --out holds another command's run (naming the flags that differ), or is in use.
+    """
+    out = Path(args.out)
+    flags = {key: value for key, value in vars(args).items() if key not in ("out", "checkpoint_every")}
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")  # noqa: SIM115  held until the process ends
+        open_out.lock = lock
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {out}: another run is writing there") from None
+    barrier()
+    begun = any(out.glob("D_*")) or (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 0
+    if (out / "args.json").exists() and (begun or (out / "config.json").exists()):
+        old = json.loads((out / "args.json").read_text())
+        differ = sorted(k for k in old.keys() | flags.keys() if k in flags and old.get(k) != flags[k])
+        if differ:
+            named = ", ".join(f"--{key.replace('_', '-')} {old.get(key)} -> {flags[key]}" for key in differ)
+            raise ValueError(f"--out {out} belongs to another run ({named}); choose another folder or delete it")
+        if (out / "config.json").exists():
+            print0(f"{out}: already done")
+            return False
+    elif (out / "config.json").exists():
+        raise ValueError(f"--out {out} holds a model that this stage did not make; choose another folder")
+    barrier()
+    if RANK == 0:
+        write_json(out / "args.json", flags)
+    return True
+
+
+def save_model(model: torch.nn.Module, tokenizer: AutoTokenizer, out: Path) -> None:
+    """A Hugging Face folder of float32 weights, written aside and moved in, config.json last. Called by all ranks."""
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp_state.get_model_state_dict(model, options=options)
+    if RANK == 0:
+        partial = out / ".saving"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, state_dict=state)
+        tokenizer.save_pretrained(partial)
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(out / file.name)
+        partial.rmdir()
+
+
+def fingerprint(tokenizer: AutoTokenizer) -> str:
+    """Identifies a tokenizer by its vocabulary, so that token ids are not read with another one."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+
+
+def offline(
+    folder: Path,
+    make: Callable[[list[dict]], list[dict]],
+    rows: datasets.Dataset,
+    model: torch.nn.Module,
+    tokenizer: AutoTokenizer,
+    chunk: int = 128,
+) -> datasets.Dataset:
+    """The rows that make(list of rows) returns, in order, as a data set in `folder`.
+
+    Chunks of rows are divided over the ranks and each is kept as soon as it is done, so an interrupted command goes on
+    where it stopped, at any number of ranks. Inside make the model's weights are gathered.
+    """
+    if not (folder / "dataset_info.json").exists():
+        parts = folder.with_name(folder.name + ".parts")
+        parts.mkdir(parents=True, exist_ok=True)
+        starts = range(0, len(rows), chunk)
+        with gathered(model):
+            for start in tqdm(starts[RANK::WORLD], desc=folder.name, unit="chunk", disable=RANK != 0):
+                part = parts / f"{start:09d}.json"
+                if not part.exists():
+                    started = time.time()
+                    made = make([rows[i] for i in range(start, min(start + chunk, len(rows)))])
+                    write_json(part, {"seconds": time.time() - started, "rows": made})
+        barrier()
+        if RANK == 0:
+            done = [json.loads((parts / f"{start:09d}.json").read_text()) for start in starts]
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            datasets.Dataset.from_list([row for part in done for row in part["rows"]]).save_to_disk(partial)
+            seconds = sum(part["seconds"] for part in done)
+            write_json(partial / "source.json", {"tokenizer": fingerprint(tokenizer), "seconds": seconds})
+            partial.rename(folder)
+            shutil.rmtree(parts)
+        barrier()
+    return datasets.load_from_disk(str(folder))
+
+
+def read_pairs(folder: str, pair: tuple[str, str], tokenizer: AutoTokenizer) -> datasets.Dataset:
+    """A D_s or D_r made before, here or by another program. pair: the two columns that must be of equal length.
+
+    Raises ValueError, with the folder and the column or row, where the data set does not fit."""
+    if not (Path(folder) / "dataset_info.json").exists():
+        raise ValueError(f"--pairs {folder}: not a folder written by datasets' save_to_disk")
+    data = datasets.load_from_disk(folder)
+    columns = {"x", "y", *pair}
+    if not columns <= set(data.column_names):
+        missing = ", ".join(sorted(columns - set(data.column_names)))
+        raise ValueError(f"--pairs {folder}: no column {missing}; there are {', '.join(data.column_names)}")
+    source = Path(folder) / "source.json"
+    if source.exists() and json.loads(source.read_text()).get("tokenizer") != fingerprint(tokenizer):
+        raise ValueError(f"--pairs {folder}: was made with another tokenizer than this model's")
+    for i, row in enumerate(data):
+        a, b = (row[name] for name in pair)
+        if len(a) != len(b):
+            raise ValueError(f"--pairs {folder}, row {i}: {pair[0]} has {len(a)} tokens, {pair[1]} has {len(b)}")
+        top = max(max(row[name], default=0) for name in columns)
+        if top >= len(tokenizer):
+            raise ValueError(f"--pairs {folder}, row {i}: token id {top}, but the tokenizer ends at {len(tokenizer) - 1}")
+    return data

@@ -1,0 +1,381 @@
+"""The one decoder: sampling with a KV cache (Eq. 2), and the mixed draw of scheduled sampling (Eq. 4).
+
+    from generate import generate, mix
+    z = generate(model, prompts, max_new_tokens=64, eos_token_id=eos, temperature=1.0)     # z ~ p(.|x)          Eq. 2
+    y_hat = mix(model, prompts, responses, beta=0.2)                                       # y^j, or z^j w.p. β  Eq. 4
+
+Prompts and responses are lists of token ids; `model` is any causal LM of transformers (checked: GPT-NeoX, Llama, Mistral
+with its sliding window, GPT-2, Qwen2, Qwen3, Gemma) on any device, in any dtype. Needs only torch and transformers.
+
+**One layout.** Prompts are padded on the left, so that all responses start in one column. The attention mask and the
+position ids are always passed, and come from lengths: a pad id that is also EOS, or a word of the prompt, does no harm.
+
+        columns    0    1    2    3  |  4    5    6            key/value cache: columns 0 … 3, then one more each step
+        row 0     pad  pad  x^1  x^2 | y^1  y^2  y^3           mask       0 0 1 1 1 1 1
+        row 1     x^1  x^2  x^3  x^4 | y^1                     positions  0 0 0 1 2 3 4
+
+**Noise that belongs to the token, not to the run.** A draw is argmax(logits + T · Gumbel), and the Gumbel noise of a token
+is a hash of (seed, example id, sample, position, vocabulary entry). So batch size, order, padding, number of ranks and
+method do not change what is drawn, and a run can be repeated or split at will. (In bfloat16 they still can, since there the
+logits themselves depend on the shape of the batch.)
+
+**Why Eq. 4 need not be slow.** The paper's Remark 1 has scheduled sampling draw one token after the other. But once the coin
+(β) and the noise of every position are fixed, the mixed sequence g is a deterministic function of itself: g^j is y^j, or the
+argmax given g^{<j}. Its fixed point is the sequential draw, and is found by a few teacher-forced passes over the whole
+response, begun at g = y ("parallel"). And since gold tokens are known beforehand, a forward can also take in all of them up
+to the next drawn position ("segment"). Both give, in float32, the very tokens of the definition ("token").
+    Parallel Scheduled Sampling (Duckworth et al. 2019, arXiv 1906.04331) draws afresh in each pass and so only approximates
+    Eq. 4; fixed noise across passes is the construction of Wiggers & Hoogeboom (2020, arXiv 2002.09928) for plain sampling.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+# ------------------------------------------------------------------------------------------------------------- the noise
+
+
+def scramble(h: Tensor) -> Tensor:
+    """A bijection of 64-bit integers that leaves no pattern (the finaliser of splitmix64; Steele et al. 2014)."""
+    h = (h ^ (h >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # int64 wraps around, on CPU and GPU alike; `>>` drags the
+    h = (h ^ (h >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15  # sign along, hence the `&`
+    return h ^ (h >> 31 & 0x1FFFFFFFF)
+
+
+def noise_keys(seed: int, ids: list[int], samples: list[int], length: int) -> Tensor:
+    """One 64-bit key per token: int64 [B, length] for (seed, ids[b], samples[b], position); on the CPU."""
+    key = scramble(torch.full((len(ids),), seed % 2**62, dtype=torch.int64) + 0x1E3779B97F4A7C15)  # [B]
+    for part in (torch.tensor(ids), torch.tensor(samples)):
+        key = scramble(scramble(key) + part)  # [B]
+    return scramble(key[:, None] + torch.arange(length) * -0x61C8864680B583EB)  # [B, length]
+
+
+def gumbel(keys: Tensor, vocab: int) -> Tensor:
+    """Standard Gumbel noise, float32 [N, vocab], from keys int64 [N]: the same numbers on every device, and always finite.
+
+    A 32-bit hash (the constants are Wellons' lowbias32) of the vocabulary entry, with half of the key added before each
+    round. The 31-bit uniform is finest near 0, where -log(-log(1 - u)) is large, so the tail reaches 22 (p = 2e-10).
+    """
+    low, high = keys.int()[:, None], (keys >> 32).int()[:, None]  # [N, 1], the two halves of the key
+    h = torch.arange(vocab, dtype=torch.int32, device=keys.device) * -0x61C88647 ^ low  # [N, V]
+    h ^= h >> 16 & 0xFFFF
+    h *= 0x7FEB352D
+    h ^= high
+    h ^= h >> 15 & 0x1FFFF
+    h *= 0x846CA68B - 2**32
+    h ^= h >> 16
+    u = (h & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31 * (1 - 2.0**-24))  # in (0, 1), both ends excluded in float32
+    return u.neg_().log1p_().neg_().log_().neg_()
+
+
+def draw(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """z ~ softmax(logits / T), cut to the top k and then to the nucleus p. logits [N, V], keys int64 [N] -> z int64 [N].
+
+    T = 0 is the argmax. The nucleus is every token with less than top_p of probability strictly above it (ties go together).
+    """
+    logits = logits.float()  # [N, V]
+    if temperature == 0:
+        return logits.argmax(-1)
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    score = gumbel(keys, logits.shape[-1]).mul_(temperature).add_(logits)  # [N, V], logits + T · Gumbel
+    z = score.argmax(-1)  # [N]
+    if top_p < 1:  # sorting the vocabulary costs more than the model: draw, and draw on while z is outside of the nucleus
+        p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # [N, V]
+        while True:
+            p_z = p.gather(-1, z[:, None])  # [N, 1]
+            outside = (p * (p > p_z)).sum(-1, keepdim=True) >= top_p  # [N, 1]
+            if not outside.any():
+                break
+            score.masked_fill_(outside & (p <= p_z), -torch.inf)  # what is less probable than z is outside as well
+            z = score.argmax(-1)
+    return z
+
+
+# ------------------------------------------------------------------------------------------------------------- the model
+
+
+@contextmanager
+def decoding(model: PreTrainedModel, stats: dict | None) -> Iterator[torch.device]:
+    """eval mode (gradient checkpointing in train mode turns the cache off) and no_grad inside; every flag as before after.
+
+    no_grad, not inference_mode, so that it also runs inside FSDP. Counts forwards and tokens fed into `stats`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    count = {"forwards": 0, "columns": 0} if stats is None else stats
+
+    def before(module, args, kwargs):
+        count["forwards"] = count.get("forwards", 0) + 1
+        count["columns"] = count.get("columns", 0) + kwargs["input_ids"].numel()
+
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        hook.remove()
+        for module, training in modes:
+            module.training = training
+
+
+def pad(rows: list[list[int]], device: torch.device, left: bool, room: int = 0) -> tuple[Tensor, Tensor]:
+    """Ragged rows -> ids, mask, both int64 [B, W + room]; 0 where there is no token, except for the `room` at the end."""
+    width = max(map(len, rows))
+    gap = [[0] * (width - len(row)) for row in rows]
+    ids = [(g + row if left else row + g) + [0] * room for row, g in zip(rows, gap)]
+    ones = [[1] * len(row) for row in rows]
+    mask = [(g + one if left else one + g) + [1] * room for one, g in zip(ones, gap)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache, at: Tensor | None = None) -> Tensor:
+    """Feeds ids [B, Q] behind the cache [B, S - Q]; mask [B, S] covers both. -> logits [N, V] where `at` (bool [B, Q]) is
+    true, in row order; without `at`, those of the last column [B, V]. No other column passes through the output matrix."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [B, Q]; padding on the left has no position
+    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    if at is None:
+        return model(**inputs, logits_to_keep=1).logits[:, -1]  # [B, V]
+    # [B, Q, d] -> [1, N, d] at the door of the output matrix
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][at][None],))
+    try:
+        return model(**inputs).logits[0]  # [N, V]
+    finally:
+        hook.remove()
+
+
+# -------------------------------------------------------------------------------------------------- plain sampling: Eq. 2
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    eos_token_id: int | list[int] | None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    n: int = 1,
+    seed: int = 0,
+    ids: list[int] | None = None,
+    batch_size: int = 64,
+    stats: dict | None = None,
+) -> list[list[list[int]]]:
+    """z ~ p(.|x), token by token (Eq. 2): n samples for each prompt.
+
+    prompts         lists of token ids, none empty
+    eos_token_id    one id or several that end a sample (kept as its last token), or None: always max_new_tokens tokens
+    temperature     0 is greedy; then `n` samples are n times the same
+    top_p, top_k    1.0 and 0 are off; with both, the top k are cut first
+    ids             one int per prompt: whose noise it is (default: its index). A split of the prompts over ranks that
+                    hands their indices along draws what one process draws
+    batch_size      how many samples are decoded at once (memory and speed, not the result)
+    stats           a dict that receives "forwards" and "columns" (tokens fed, padding included)
+
+    Returns, in the order of the prompts, a list of n lists of token ids each. Raises ValueError on what cannot be meant.
+    """
+    ids = check(model, prompts, [max_new_tokens] * len(prompts), ids, temperature, batch_size)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+    if top_k < 0 or n < 1:
+        raise ValueError(f"top_k must be at least 0 and n at least 1, not {top_k} and {n}")
+    eos = set() if eos_token_id is None else {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    out = [[[] for _ in range(n)] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together, the largest batch first
+    rows = [(i, sample) for i in order for sample in range(n)] if max_new_tokens else []
+    with decoding(model, stats) as device:
+        for batch in (rows[b : b + batch_size] for b in range(0, len(rows), batch_size)):
+            keys = noise_keys(seed, [ids[i] for i, _ in batch], [s for _, s in batch], max_new_tokens).to(device)
+            shared = list(dict.fromkeys(i for i, _ in batch))  # the samples of a prompt share its prefill
+            context, mask = pad([prompts[i] for i in shared], device, left=True, room=max_new_tokens)
+            width, cache = context.shape[1] - max_new_tokens, DynamicCache()
+            logits = forward(model, context[:, :width], mask[:, :width], cache)  # [prompts, V]
+            if n > 1:
+                copies = torch.tensor([shared.index(i) for i, _ in batch], device=device)  # [B]
+                cache.batch_select_indices(copies)
+                logits, mask = logits[copies], mask[copies]  # [B, V], [B, S]
+            for j in range(max_new_tokens):
+                z = draw(logits, keys[:, j], temperature, top_p, top_k)  # [B], z^j ~ p(.|x, z^{<j})
+                for (i, sample), token in zip(batch, z.tolist()):
+                    out[i][sample].append(token)
+                live = [row for row, (i, sample) in enumerate(batch) if out[i][sample][-1] not in eos]
+                if not live or j + 1 == max_new_tokens:
+                    break
+                if len(live) < len(batch):  # finished rows leave
+                    keep = torch.tensor(live, device=device)
+                    cache.batch_select_indices(keep)
+                    batch, z, mask, keys = [batch[row] for row in live], z[keep], mask[keep], keys[keep]
+                logits = forward(model, z[:, None], mask[:, : width + j + 1], cache)  # [B, V]
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- mixing: Eq. 4
+
+
+def mix(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    seed: int = 0,
+    ids: list[int] | None = None,
+    batch_size: int = 64,
+    method: str = "auto",
+    stats: dict | None = None,
+) -> list[list[int]]:
+    """g^j = z^j ~ p(.|x, g^{<j}) with probability β, else y^j (Eq. 4): each g is as long as its response y.
+
+    An EOS drawn in the middle is a token like any other: Eq. 4 goes on to the end of y, and so does this.
+    temperature=0 takes z^j = argmax. β = 0 returns y and costs no forward; β = 1 is plain sampling over y's length, and
+    draws what `generate` draws as its first sample. `ids`, `batch_size`, `stats` as in `generate`.
+    method: "token" (the definition), "parallel", "segment" (see the top of this file), or "auto".
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], not {beta}")
+    if method not in (*METHODS, "auto"):
+        raise ValueError(f"method must be one of auto, {', '.join(METHODS)}, not {method!r}")
+    ids = check(model, prompts, [len(y) for y in responses], ids, temperature, batch_size)
+    out = [list(y) for y in responses]
+    drawn = [coins(seed, i, len(y), beta) for i, y in zip(ids, responses)]  # per row: the positions j with g^j = z^j
+    rows = [i for i in range(len(out)) if drawn[i]]  # the others are y already
+    rows.sort(key=lambda i: (-drawn[i][-1], -len(prompts[i])))
+    with decoding(model, stats) as device:
+        for batch in (rows[b : b + batch_size] for b in range(0, len(rows), batch_size)):
+            keys = noise_keys(seed, [ids[i] for i in batch], [0] * len(batch), drawn[batch[0]][-1] + 1).to(device)
+            run = METHODS[choose(beta, len(batch)) if method == "auto" else method]
+            run(model, [prompts[i] for i in batch], [out[i] for i in batch], [drawn[i] for i in batch], keys, temperature)
+    return out
+
+
+def coins(seed: int, example: int, length: int, beta: float) -> list[int]:
+    """The positions of a response that Eq. 4 draws: each with probability β, by (seed, example, position)."""
+    coin = noise_keys(seed, [example], [-1], length)[0] >> 11 & (2**53 - 1)  # [length], 53 uniform bits
+    return (coin.double() * 2.0**-53 < beta).nonzero()[:, 0].tolist()
+
+
+# The three methods take a batch of prompts and g = y (lists), the positions `drawn` of each row (never none, and the row
+# with the last one first), and keys [B, 1 + last drawn position]; they write into g.
+
+
+def mix_token(model, prompts, g, drawn, keys, temperature) -> None:
+    """Eq. 4 as it is written: one position after the other, with the KV cache."""
+    ids, mask = pad(prompts, keys.device, left=True)  # [B, P]
+    cache = DynamicCache()
+    for j in range(keys.shape[1]):
+        logits = forward(model, ids, mask, cache)  # [B, V], p(.|x, g^{<j})
+        at = [row for row in range(len(mask)) if j in drawn[row]]
+        z = draw(logits[at], keys[at, j], temperature).tolist()
+        for row, token in zip(at, z):
+            g[row][j] = token  # g^j = z^j; elsewhere it stays y^j
+        live = sum(positions[-1] > j for positions in drawn)  # past its last drawn position a row is done
+        if 0 < live < len(mask):
+            cache.batch_select_indices(torch.arange(live, device=keys.device))
+        ids = torch.tensor([row[j : j + 1] for row in g[:live]], device=keys.device)  # [B, 1]
+        mask = torch.cat([mask[:live], mask.new_ones(live, 1)], 1)  # [B, P + j + 1]
+
+
+def mix_parallel(model, prompts, g, drawn, keys, temperature) -> None:
+    """Eq. 4 as a fixed point: redraw all positions at once from the g at hand, until none changes.
+
+    After each pass everything up to and including the first changed position is final (by induction: it was drawn from a
+    final prefix), so the next pass begins there, on the keys and values already cached; at least one drawn position settles
+    in each pass, and in practice most do. A row is done when nothing it has yet to draw depends on a change.
+    """
+    device, rows = keys.device, torch.arange(len(g), device=keys.device)
+    ids, mask = pad(prompts, device, left=True, room=keys.shape[1])  # [B, S = P + L]
+    width, size = ids.shape[1] - keys.shape[1], ids.shape[1]
+    ids[:, width:] = pad([row[: keys.shape[1]] for row in g], device, left=False)[0]  # what is right of a row's end: causal
+    redraw = torch.zeros_like(ids, dtype=torch.bool)  # [B, S]
+    for row, positions in enumerate(drawn):
+        redraw[row, [width + j for j in positions]] = True
+    last = torch.tensor([width + positions[-1] for positions in drawn], device=device)  # [B]
+    cache, start = DynamicCache(), 0  # columns before `start` are final, and cached
+    while len(rows):
+        size = int(last[rows].max()) + 1  # nothing to draw right of it
+        at = redraw[rows, start + 1 : size]  # [B, Q]; the logits of column c predict column c + 1
+        logits = forward(model, ids[rows, start : size - 1], mask[rows, : size - 1], cache, at)  # [N, V]
+        row, column = at.nonzero(as_tuple=True)  # [N], [N], in the order of the logits
+        column, key = column + start + 1, keys[rows[row], column + start + 1 - width]
+        z = torch.cat([draw(*chunk, temperature) for chunk in zip(logits.split(256), key.split(256))])  # [N]
+        changed = z != ids[rows[row], column]  # [N]
+        ids[rows[row], column] = z
+        first = torch.full_like(rows, size).scatter_reduce(0, row[changed], column[changed], "amin")  # [B]
+        live = (first < last[rows]).nonzero()[:, 0]  # rows that draw on after their first change
+        if len(live):
+            cache.crop(int(first[live].min()) - cache.get_seq_length())
+            cache.batch_select_indices(live)
+            start = cache.get_seq_length()
+        rows = rows[live]
+    for row, tokens in enumerate(ids[:, width:].tolist()):
+        g[row][: len(tokens)] = tokens[: len(g[row])]
+
+
+def mix_segment(model, prompts, g, drawn, keys, temperature) -> None:
+    """Eq. 4 with one forward per drawn position: it takes in the last drawn token and the gold run up to the next one."""
+    rows, device = list(range(len(g))), keys.device
+    ids, mask = pad([x + row[: at[0]] for x, row, at in zip(prompts, g, drawn)], device, left=True)
+    cache = DynamicCache()
+    logits = forward(model, ids, mask, cache)  # [B, V]
+    for k in range(max(map(len, drawn))):  # the k-th drawn position of every row at once
+        z = draw(logits, keys[rows, [drawn[row][k] for row in rows]], temperature)  # [B]
+        for row, token in zip(rows, z.tolist()):
+            g[row][drawn[row][k]] = token
+        live = [b for b, row in enumerate(rows) if len(drawn[row]) > k + 1]
+        if not live:
+            break
+        if len(live) < len(rows):
+            keep = torch.tensor(live, device=device)
+            cache.batch_select_indices(keep)
+            rows, mask = [rows[b] for b in live], mask[keep]
+        ids, fed = pad([g[row][drawn[row][k] : drawn[row][k + 1]] for row in rows], device, left=False)  # [B, Q]
+        mask = torch.cat([mask, fed], 1)  # [B, S]
+        at = fed.cumsum(-1).eq(fed.sum(-1, keepdim=True)) & fed.bool()  # [B, Q], the last token of each row
+        logits = forward(model, ids, mask, cache, at)  # [B, V]
+        mask = close_gaps(cache, mask)
+
+
+def close_gaps(cache: DynamicCache, mask: Tensor) -> Tensor:
+    """Moves the tokens of each row to the right, so that all padding is on the left again, and drops columns without any
+    token. (Attention itself would bear gaps, but a sliding window counts columns.) mask [B, S] -> the new one [B, S']."""
+    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]  # [B, S'], zeros first
+    for layer in cache.layers:
+        layer.keys = layer.keys.take_along_dim(order[:, None, :, None], 2)  # [B, H, S', d]
+        layer.values = layer.values.take_along_dim(order[:, None, :, None], 2)
+    return mask.gather(1, order)
+
+
+METHODS = {"token": mix_token, "parallel": mix_parallel, "segment": mix_segment}
+
+
+def choose(beta: float, batch: int) -> str:
+    """The method that "auto" takes."""
+    return "segment"
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def check(model, prompts, lengths, ids, temperature, batch_size) -> list[int]:
+    """Raises a ValueError of one line on bad input; returns the ids, by default the indices."""
+    ids = list(range(len(prompts))) if ids is None else list(ids)
+    if len(ids) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(ids)} ids")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
+    if batch_size < 1 or min(lengths, default=0) < 0:
+        raise ValueError("batch_size must be at least 1 and max_new_tokens at least 0")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for i, (prompt, length) in enumerate(zip(prompts, lengths)):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; a model without a BOS token still needs one token to begin from")
+        if limit and len(prompt) + length > limit:
+            raise ValueError(f"prompt {i}: {len(prompt)} + {length} tokens exceed the model's {limit} positions")
+    return ids

@@ -1,0 +1,145 @@
+"""Reference-answer-based correction (RAC): Algorithm 2, Eq. 6 and 7.
+
+    torchrun --nproc-per-node 8 rac.py --model runs/sft --task tldr --out runs/rac --lr 3e-6 --warmup 0
+    python rac.py --model base --task gsm8k --data train.jsonl --out runs/rac --sft-epochs 2       # Algorithm 2 whole
+
+The model writes its own answer z to x; the same model, shown the reference answer in the prompt f(x, y), says what it
+would have written after each z^{<j}: the label z_bar^j. Where the two differ, the model learns z_bar^j after (x, z^{<j}).
+
+    x  = 3 + 4 =        y = 7 . EOS            f(x, y) = "... question: 3 + 4 = ... reference response: 7 . ..."
+    z     =  8  .  EOS  the model's own answer
+    z_bar =  7  .  EOS  arg max p(. | f(x, y), z^{<j}), all from one forward pass over [f(x, y), z]
+    mask  =  1  0  0    1(z_bar != z) of Eq. 7: only the correction is learnt
+
+Each iteration writes D_r to OUT/D_r_1, OUT/D_r_2, ... (a `datasets` folder: id, x, y, z, z_bar); --pairs reads one.
+
+Departures from the paper
+- Algorithm 2 steps along -grad J of a log-likelihood; that sign is a slip: we minimise -J. Token means, as in sft.py;
+  a masked position adds 0 to the sum of Eq. 7 and still counts, since the paper keeps the mask inside the sum.
+- The paper does not say how z is drawn: --temperature is 1 (Eq. 2), and z has at most --max-response tokens.
+- f(x, y) has a limit of its own, --max-reference: a row over it is left out and counted, y is never cut in silence.
+- Each iteration has its own AdamW and schedule, so that --iterations 2 is two runs in a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+import data
+import ddp_utils as ddp
+import generate
+import toy
+from sft import sft_loss, sft_phase
+
+
+def rac_loss(
+    logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, mask: torch.Tensor, masked: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 7: -sum_j 1(z_bar^j != z^j) log p(z_bar^j | x, z^{<j}). masked=False is Eq. 6, without the indicator.
+
+    logits: [B, L, V] given (x, z^{<j}), already shifted. z, z_bar: [B, L]. mask: [B, L], 1 on tokens of z.
+    Returns (loss_sum, n_tokens), float32 scalars. n_tokens counts every token of z, masked by Eq. 7 or not.
+    """
+    nll = F.cross_entropy(logits.float().flatten(0, 1), z_bar.flatten(), reduction="none").view_as(z)  # [B, L]
+    learn = mask.bool() & (z_bar != z) if masked else mask.bool()
+    return nll[learn].sum(), mask.sum().float()
+
+
+@torch.no_grad()
+def rac_labels(
+    model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], batch_size: int = 32
+) -> list[list[int]]:
+    """z_bar^j = arg max p(. | f(x, y), z^{<j}) for all j from one teacher-forced pass over [f(x, y), z].
+
+    reference_prompts: f(x, y) and z as token ids. Returns labels, each list as long as its z.
+    """
+    order = sorted(range(len(z)), key=lambda i: len(reference_prompts[i]) + len(z[i]))  # little padding in a batch
+    labels: list[list[int]] = [[] for _ in z]
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        b = data.batch([reference_prompts[i] for i in some], [z[i] for i in some], model.device)
+        best = data.response_logits(model, b).argmax(dim=-1).tolist()  # [B, L]
+        for i, row in zip(some, best, strict=True):
+            labels[i] = row[: len(z[i])]
+    return labels
+
+
+def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
+    """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13)."""
+    options = {
+        "max_new_tokens": args.max_response or data.TASKS[args.task].max_response,
+        "eos_token_id": run.tokenizer.eos_token_id,
+        "temperature": args.temperature,
+        "seed": ddp.fold_in(args.seed, iteration),
+    }
+
+    def make(rows: list[dict]) -> list[dict]:
+        drawn = generate.generate(run.model, [r["x"] for r in rows], ids=[r["id"] for r in rows], **options)  # Eq. 2
+        z = [samples[0] for samples in drawn]
+        z_bar = rac_labels(run.model, [r["f"] for r in rows], z)
+        return [
+            {"id": r["id"], "x": r["x"], "y": r["y"], "z": z_i, "z_bar": z_bar_i}
+            for r, z_i, z_bar_i in zip(rows, z, z_bar, strict=True)
+        ]
+
+    return ddp.offline(run.out / f"D_r_{iteration}", make, examples, run.model, run.tokenizer)
+
+
+def describe(d_r: Dataset) -> dict[str, float]:
+    """What a D_r holds: the share of tokens corrected, of z equal to y, of rows without any correction."""
+    tokens = corrected = equal = untouched = 0
+    for row in d_r:
+        wrong = sum(a != b for a, b in zip(row["z"], row["z_bar"], strict=True))
+        tokens, corrected = tokens + len(row["z"]), corrected + wrong
+        equal, untouched = equal + (row["z"] == row["y"]), untouched + (wrong == 0)
+    return {
+        "tokens_corrected": corrected / tokens,
+        "z_equals_y": equal / len(d_r),
+        "rows_without_correction": untouched / len(d_r),
+    }
+
+
+def main() -> None:
+    parser = ddp.parser(__doc__, sorted(data.TASKS))
+    parser.add_argument("--iterations", type=ddp.count, default=1, help="H")
+    parser.add_argument("--epochs-per-iteration", "--epochs", dest="epochs", type=ddp.number(0), default=1)
+    parser.add_argument("--sft-epochs", type=ddp.number(0), default=0, help="K1: epochs of Eq. 1 alone first")
+    parser.add_argument("--sft-weight", type=ddp.number(0), default=1.0, help="of J_SFT beside J_RAC (0: Table 6)")
+    parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of z")
+    parser.add_argument("--max-reference", type=ddp.count, default=0, help="tokens of f(x, y) (0: x + y + 128)")
+    parser.add_argument("--unmasked", action="store_true", help="Eq. 6 instead of Eq. 7")
+    parser.add_argument("--pairs", help="a D_r to use in the first iteration instead of making one")
+    args = parser.parse_args()
+    run, examples = ddp.start(args, data.load)
+    sft_phase(run, examples, args.sft_epochs)  # lines 2-6
+
+    for iteration in range(1, args.iterations + 1):  # line 7
+        if args.pairs and iteration == 1:
+            d_r = ddp.read_pairs(args.pairs, ("z", "z_bar"), run.tokenizer)
+        else:
+            d_r = make_d_r(run, examples, args, iteration)  # lines 8-13
+        ddp.print0(f"D_r_{iteration}:", ", ".join(f"{key} {value:.3f}" for key, value in describe(d_r).items()))
+        if args.task == "toy":
+            toy.report(d_r, run.tokenizer)  # here the right labels are known
+        for batch, micro_batches in run.steps(d_r, args.epochs):  # lines 14-15
+            n_y = sum(len(row["y"]) for row in batch)  # tokens of the global batch
+            n_z = sum(len(row["z"]) for row in batch)  # masked ones included
+            for rows in micro_batches:
+                x = [row["x"] for row in rows]
+                b_z = data.batch(x, [row["z"] for row in rows], run.device)
+                z_bar, _ = data.pad_responses([row["z_bar"] for row in rows], run.device)
+                logits = data.response_logits(run.model, b_z)
+                terms = {"rac": rac_loss(logits, b_z.y, z_bar, b_z.mask, not args.unmasked)[0] / n_z}  # line 17
+                if args.sft_weight:
+                    b = data.batch(x, [row["y"] for row in rows], run.device)
+                    terms["sft"] = args.sft_weight * sft_loss(data.response_logits(run.model, b), b.y, b.mask)[0] / n_y
+                run.backward(**terms)  # line 18
+    run.finish()
+
+
+if __name__ == "__main__":
+    ddp.cli(main)

@@ -1,0 +1,68 @@
+"""Scheduled sampling, online: Eq. 3 with the mixed prefix of Eq. 4 drawn from the current weights at every step.
+
+    torchrun --nproc-per-node 8 scs.py --model runs/sft --task tldr --out runs/scs --epochs 1 --lr 3e-6 --warmup 0 --beta 0.2
+
+This is what BASH approximates offline (Table 7) and the costly side of Tables 8 and 9.
+
+Departures from the paper
+- g is drawn once for the whole optimiser step, before any gradient: the weights are the same for all its micro-batches.
+- No gradient flows through g (section 3.1). An EOS that is drawn in the middle of g does not end it: Eq. 4 goes on.
+- Eq. 3 stands alone in the paper, so --sft-weight is 0 here; 1 gives the joint loss that BASH and RAC use.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+import data
+import ddp_utils as ddp
+import generate
+from sft import sft_loss, sft_phase
+
+
+def scs_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 3: -sum_j log p(y^j | x, g^{<j}) and the number of tokens. The target is always y.
+
+    logits: [B, L, V] given the mixed prefix g^{<j}, already shifted. y, mask: [B, L]. Returns (loss_sum, n_tokens).
+    """
+    nll = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)  # [B, L]
+    return nll[mask.bool()].sum(), mask.sum().float()
+
+
+def mixed(model: torch.nn.Module, rows: list[dict], args: argparse.Namespace, seed: int) -> list[list[int]]:
+    """g of Eq. 4 for each row, by the current weights."""
+    x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
+    return generate.mix(model, x, y, beta=args.beta, temperature=args.temperature, seed=seed, ids=ids)
+
+
+def main() -> None:
+    parser = ddp.parser(__doc__, sorted(data.TASKS))
+    parser.add_argument("--epochs", type=ddp.number(0), default=1)
+    parser.add_argument("--sft-epochs", type=ddp.number(0), default=0, help="K1: epochs of Eq. 1 alone first")
+    parser.add_argument("--sft-weight", type=ddp.number(0), default=0.0, help="of J_SFT beside J_SCS")
+    parser.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in g")
+    parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of g")
+    args = parser.parse_args()
+    run, examples = ddp.start(args, data.load)
+    sft_phase(run, examples, args.sft_epochs)
+
+    for batch, micro_batches in run.steps(examples, args.epochs):
+        n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
+        seed = ddp.fold_in(args.seed, run.total)
+        with ddp.gathered(run.model):
+            gs = [mixed(run.model, rows, args, seed) for rows in micro_batches]  # Eq. 4
+        for rows, g in zip(micro_batches, gs, strict=True):
+            x, y = [row["x"] for row in rows], [row["y"] for row in rows]
+            b, b_g = data.batch(x, y, run.device), data.batch(x, g, run.device)  # g is as long as y
+            terms = {"scs": scs_loss(data.response_logits(run.model, b_g), b.y, b.mask)[0] / n}  # Eq. 3
+            if args.sft_weight:
+                terms["sft"] = args.sft_weight * sft_loss(data.response_logits(run.model, b), b.y, b.mask)[0] / n
+            run.backward(**terms)
+    run.finish()
+
+
+if __name__ == "__main__":
+    ddp.cli(main)
