@@ -35,6 +35,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +57,7 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(key, default)) for key, default in
 @functools.cache
 def init() -> torch.device:
     """Joins the process group that torchrun describes (if any) and returns this rank's device."""
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # it works without a process group
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     if torch.cuda.is_available():
@@ -156,6 +158,8 @@ def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------- model
 def load_tokenizer(path: str) -> AutoTokenizer:
     """The tokenizer of a model folder or hub name. Raises OSError in one line."""
+    if not os.path.isdir(path) and (os.path.exists(path) or path.count("/") > 1 or path.startswith((".", "/"))):
+        raise FileNotFoundError(f"--model {path}: no such folder")
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a missing or broken tokenizer shows as OSError, ValueError, TypeError or ImportError
@@ -168,8 +172,6 @@ def load_model(path: str, dtype: str = "float32") -> torch.nn.Module:
     The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments).
     """
     device = init()
-    if not os.path.isdir(path) and (os.path.exists(path) or path.count("/") > 1 or path.startswith((".", "/"))):
-        raise FileNotFoundError(f"--model {path}: no such folder")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except Exception as error:
@@ -461,6 +463,8 @@ def save_model(model: torch.nn.Module, tokenizer: AutoTokenizer, out: Path) -> N
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(model, options=options)
     if RANK == 0:
+        names = {name for named in (model.named_parameters, model.named_buffers) for name, _ in named()}
+        state = {name: value for name, value in state.items() if name in names}  # tied weights once
         partial = out / ".saving"
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial, state_dict=state)

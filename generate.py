@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -136,18 +137,67 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCac
     """Feeds ids [B, Q] behind the cache [B, S - Q]; mask [B, S] covers both. -> logits [N, V] where `at` (bool [B, Q]) is
     true, in row order; without `at`, those of the last column [B, V]. No other column passes through the output matrix."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [B, Q]; padding on the left has no position
-    inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     if at is None:
-        return model(**inputs, logits_to_keep=1).logits[:, -1]  # [B, V]
+        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [B, V]
     # [B, Q, d] -> [1, N, d] at the door of the output matrix
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][at][None],))
     try:
-        return model(**inputs).logits[0]  # [N, V]
+        return model(**inputs, past_key_values=cache, use_cache=True).logits[0]  # [N, V]
     finally:
         hook.remove()
 
 
+def prefill(model: PreTrainedModel, prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, DynamicCache]:
+    """One forward over the prompts, equal neighbours once -> last logits [B, V], mask [B, P], cache, all of B rows."""
+    different = [b == 0 or prompts[b] is not prompts[b - 1] for b in range(len(prompts))]
+    ids, mask = pad([prompt for prompt, new in zip(prompts, different) if new], device, left=True)  # [B', P]
+    cache = DynamicCache()
+    logits = forward(model, ids, mask, cache)  # [B', V]
+    if not all(different):
+        copy = torch.tensor(different, device=device).cumsum(0) - 1  # [B]
+        cache.batch_select_indices(copy)
+        logits, mask = logits[copy], mask[copy]
+    return logits, mask, cache
+
+
+# The three below reach into the layers of a DynamicCache: keys and values [B, H, S, d], in step with a mask [B, S].
+
+
+def keep_rows(cache: DynamicCache, mask: Tensor, rows: Tensor) -> Tensor:
+    """Keeps the rows of these indices (int64 [B']), and only the columns they need -> their mask [B', S']."""
+    mask = mask[rows]
+    width = int(mask.sum(1).max())  # S': all padding is on the left
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[rows, :, -width:], layer.values[rows, :, -width:]
+    return mask[:, -width:]
+
+
+def join(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor) -> Tensor:
+    """Puts the rows of `other` below those of `cache`, both padded on the left to one width -> the mask of all."""
+    width = max(mask.shape[1], other_mask.shape[1])
+
+    def both(a: Tensor, b: Tensor) -> Tensor:  # [A, H, S, d], [B, H, S', d] -> [A + B, H, width, d]
+        return torch.cat([F.pad(t, (0, 0, width - t.shape[2], 0)) for t in (a, b)])
+
+    for layer, new in zip(cache.layers, other.layers):
+        layer.keys, layer.values = both(layer.keys, new.keys), both(layer.values, new.values)
+    return torch.cat([F.pad(m, (width - m.shape[1], 0)) for m in (mask, other_mask)])
+
+
+def close_gaps(cache: DynamicCache, mask: Tensor) -> Tensor:
+    """Moves the tokens of each row to the right, so that all padding is on the left again -> the mask of the columns left.
+    (Attention would bear gaps, but a sliding window counts columns.)"""
+    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]  # [B, S'], zeros first
+    for layer in cache.layers:
+        layer.keys = layer.keys.take_along_dim(order[:, None, :, None], 2)  # [B, H, S', d]
+        layer.values = layer.values.take_along_dim(order[:, None, :, None], 2)
+    return mask.gather(1, order)
+
+
 # -------------------------------------------------------------------------------------------------- plain sampling: Eq. 2
+
+REFILL = 0.75  # waiting prompts join once this share of the batch, or less, is still being decoded
 
 
 def generate(
@@ -185,31 +235,34 @@ def generate(
         raise ValueError(f"top_k must be at least 0 and n at least 1, not {top_k} and {n}")
     eos = set() if eos_token_id is None else {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     out = [[[] for _ in range(n)] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together, the largest batch first
-    rows = [(i, sample) for i in order for sample in range(n)] if max_new_tokens else []
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together, the largest first
+    waiting = [(i, sample) for i in order for sample in range(n)] if max_new_tokens else []
+    batch: list[tuple[int, int]] = []  # the rows being decoded: (prompt, sample), and for each of them
+    logits = mask = keys = cache = None  # [B, V], [B, S], [B, max_new_tokens], S columns
     with decoding(model, stats) as device:
-        for batch in (rows[b : b + batch_size] for b in range(0, len(rows), batch_size)):
-            keys = noise_keys(seed, [ids[i] for i, _ in batch], [s for _, s in batch], max_new_tokens).to(device)
-            shared = list(dict.fromkeys(i for i, _ in batch))  # the samples of a prompt share its prefill
-            context, mask = pad([prompts[i] for i in shared], device, left=True, room=max_new_tokens)
-            width, cache = context.shape[1] - max_new_tokens, DynamicCache()
-            logits = forward(model, context[:, :width], mask[:, :width], cache)  # [prompts, V]
-            if n > 1:
-                copies = torch.tensor([shared.index(i) for i, _ in batch], device=device)  # [B]
-                cache.batch_select_indices(copies)
-                logits, mask = logits[copies], mask[copies]  # [B, V], [B, S]
-            for j in range(max_new_tokens):
-                z = draw(logits, keys[:, j], temperature, top_p, top_k)  # [B], z^j ~ p(.|x, z^{<j})
-                for (i, sample), token in zip(batch, z.tolist()):
-                    out[i][sample].append(token)
-                live = [row for row, (i, sample) in enumerate(batch) if out[i][sample][-1] not in eos]
-                if not live or j + 1 == max_new_tokens:
-                    break
-                if len(live) < len(batch):  # finished rows leave
-                    keep = torch.tensor(live, device=device)
-                    cache.batch_select_indices(keep)
-                    batch, z, mask, keys = [batch[row] for row in live], z[keep], mask[keep], keys[keep]
-                logits = forward(model, z[:, None], mask[:, : width + j + 1], cache)  # [B, V]
+        while waiting or batch:
+            if waiting and len(batch) <= batch_size * REFILL:  # there is room for rows that wait
+                new, waiting = waiting[: batch_size - len(batch)], waiting[batch_size - len(batch) :]
+                new_keys = noise_keys(seed, [ids[i] for i, _ in new], [s for _, s in new], max_new_tokens).to(device)
+                new_logits, new_mask, new_cache = prefill(model, [prompts[i] for i, _ in new], device)
+                if batch:
+                    mask = join(cache, mask, new_cache, new_mask)
+                    logits, keys = torch.cat([logits, new_logits]), torch.cat([keys, new_keys])
+                else:
+                    logits, mask, keys, cache = new_logits, new_mask, new_keys, new_cache
+                batch = batch + new
+            step = torch.tensor([[len(out[i][s])] for i, s in batch], device=device)  # [B, 1]
+            z = draw(logits, keys.gather(1, step)[:, 0], temperature, top_p, top_k)  # [B], z^j ~ p(.|x, z^{<j})
+            for (i, s), token in zip(batch, z.tolist()):
+                out[i][s].append(token)
+            live = [b for b, (i, s) in enumerate(batch) if len(out[i][s]) < max_new_tokens and out[i][s][-1] not in eos]
+            if 0 < len(live) < len(batch):  # finished rows leave
+                keep = torch.tensor(live, device=device)
+                z, keys, mask = z[keep], keys[keep], keep_rows(cache, mask, keep)
+            batch = [batch[b] for b in live]
+            if batch:
+                mask = torch.cat([mask, mask.new_ones(len(batch), 1)], 1)
+                logits = forward(model, z[:, None], mask, cache)
     return out
 
 
@@ -276,10 +329,12 @@ def mix_token(model, prompts, g, drawn, keys, temperature) -> None:
         for row, token in zip(at, z):
             g[row][j] = token  # g^j = z^j; elsewhere it stays y^j
         live = sum(positions[-1] > j for positions in drawn)  # past its last drawn position a row is done
-        if 0 < live < len(mask):
-            cache.batch_select_indices(torch.arange(live, device=keys.device))
+        if not live:
+            return
+        if live < len(mask):
+            mask = keep_rows(cache, mask, torch.arange(live, device=keys.device))
         ids = torch.tensor([row[j : j + 1] for row in g[:live]], device=keys.device)  # [B, 1]
-        mask = torch.cat([mask[:live], mask.new_ones(live, 1)], 1)  # [B, P + j + 1]
+        mask = torch.cat([mask, mask.new_ones(live, 1)], 1)  # [B, P + j + 1]
 
 
 def mix_parallel(model, prompts, g, drawn, keys, temperature) -> None:
@@ -332,24 +387,13 @@ def mix_segment(model, prompts, g, drawn, keys, temperature) -> None:
         if not live:
             break
         if len(live) < len(rows):
-            keep = torch.tensor(live, device=device)
-            cache.batch_select_indices(keep)
-            rows, mask = [rows[b] for b in live], mask[keep]
+            mask = keep_rows(cache, mask, torch.tensor(live, device=device))
+            rows = [rows[b] for b in live]
         ids, fed = pad([g[row][drawn[row][k] : drawn[row][k + 1]] for row in rows], device, left=False)  # [B, Q]
         mask = torch.cat([mask, fed], 1)  # [B, S]
         at = fed.cumsum(-1).eq(fed.sum(-1, keepdim=True)) & fed.bool()  # [B, Q], the last token of each row
         logits = forward(model, ids, mask, cache, at)  # [B, V]
         mask = close_gaps(cache, mask)
-
-
-def close_gaps(cache: DynamicCache, mask: Tensor) -> Tensor:
-    """Moves the tokens of each row to the right, so that all padding is on the left again, and drops columns without any
-    token. (Attention itself would bear gaps, but a sliding window counts columns.) mask [B, S] -> the new one [B, S']."""
-    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]  # [B, S'], zeros first
-    for layer in cache.layers:
-        layer.keys = layer.keys.take_along_dim(order[:, None, :, None], 2)  # [B, H, S', d]
-        layer.values = layer.values.take_along_dim(order[:, None, :, None], 2)
-    return mask.gather(1, order)
 
 
 METHODS = {"token": mix_token, "parallel": mix_parallel, "segment": mix_segment}

@@ -5,28 +5,27 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 ARCHS = ("gpt_neox", "llama", "mistral", "gpt2", "qwen2", "qwen3", "gemma")
-WORDS = (
-    "amy bob carl dora has buys gives wins eggs pens how many does have ? . , : ; + - * / = > < now so the a is "
-    "what of to and #### Reference Answer Question TL;DR SUBREDDIT TITLE POST"
-).split() + [str(i) for i in range(60)]
+TEXT = """amy bob carl dora has buys gives wins eggs pens how many does have ? . , : ; + - * / = > < now so the a is
+what of to and #### Reference Answer Question TL;DR SUBREDDIT TITLE POST"""
+WORDS = [*TEXT.split(), *map(str, range(60))]
 
 
 def model(arch: str, vocab: int = 64, seed: int = 0, **kw) -> PreTrainedModel:
     """A random float32 model of 2 layers, in eval mode. Weights are large, so that its distributions are far from flat and
     differ from position to position. Mistral's window is 8: shorter than most test sequences. `kw` overrides its config."""
-    size = dict(vocab_size=vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
-    llama_like = dict(size, intermediate_size=48, num_key_value_heads=2)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+    grouped = {**size, "intermediate_size": 48, "num_key_value_heads": 2}
     config = {
-        "gpt_neox": dict(size, intermediate_size=64, rotary_pct=0.5),
-        "llama": dict(llama_like, tie_word_embeddings=True),
-        "mistral": dict(llama_like, sliding_window=8),
-        "gpt2": dict(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=256),
-        "qwen2": llama_like,
-        "qwen3": dict(llama_like, head_dim=8),
-        "gemma": dict(llama_like, head_dim=8),
+        "gpt_neox": {**size, "intermediate_size": 64, "rotary_pct": 0.5},
+        "llama": {**grouped, "tie_word_embeddings": True},
+        "mistral": {**grouped, "sliding_window": 8},
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+        "qwen2": grouped,
+        "qwen3": {**grouped, "head_dim": 8},
+        "gemma": {**grouped, "head_dim": 8},
     }[arch]
-    tokens = dict(bos_token_id=0, eos_token_id=1, pad_token_id=None)
-    config = AutoConfig.for_model(arch, **{**config, **tokens, "initializer_range": 0.2, **kw})
+    common = {"vocab_size": vocab, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    config = AutoConfig.for_model(arch, **{**config, **common, **kw})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

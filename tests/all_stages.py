@@ -1,0 +1,30 @@
+"""Run by test_training.py, alone or under torchrun: every stage on every architecture, in one process a rank.
+
+    python all_stages.py WORLD NAME [flags]
+"""
+
+import sys
+
+import bash
+import ddp_utils as ddp
+import rac
+import scs
+import sft
+import tiny
+
+
+def main() -> None:
+    world, name, *extra = sys.argv[1:]
+    for arch in tiny.ARCHS:
+        for stage in (sft, scs, bash, rac):
+            out = f"{world}/{name}-{arch}-{stage.__name__}"
+            flags = f"--model {world}/{arch} --task toy --data {world}/train.jsonl --out {out} --epochs 2 --batch-size 6"
+            flags += " --lr 1e-4 --clip 0.5 --max-prompt 40 --max-response 24 --checkpoint-every 0"  # AdamW turns noise into steps of lr
+            sys.argv = [f"{stage.__name__}.py", *flags.split(), *extra]
+            if stage is rac:
+                sys.argv += ["--temperature", "0.7", "--task", "ultrachat", "--columns", "response=response"]
+                sys.argv += ["--max-reference", "120"]
+            stage.main()
+
+
+ddp.cli(main)

@@ -1,0 +1,253 @@
+"""Templates word for word, truncation, the one layout against plain forwards, and what bad rows are told."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import data
+import tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.word_tokenizer()
+
+
+def byte_tokenizer(**special):
+    """One token a byte: every text is its own token sequence."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.fixture(scope="module")
+def bytes_():
+    return byte_tokenizer(eos_token="</s>")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------ templates
+QA = {"prompt": "Why?", "response": "Because."}
+RAC_CHAT = (
+    "<|system|>\nYou are a helpful assistant to answer user's question. Your will be given both a question and reference "
+    "response. You need to give a new response to the question and contain the main content in the reference response."
+    "</s>\n<|user|>\nWhy?\nAnswer this question based on the following reference response: Because.</s>\n<|assistant|>\n"
+)
+
+
+@pytest.mark.parametrize(
+    "task, x",
+    [
+        ("ultrachat", "<|system|>\n</s>\n<|user|>\nWhy?</s>\n<|assistant|>\n"),
+        ("gsm8k", "<|system|>\n</s>\n<|user|>\nWhy? Let's think step by step.</s>\n<|assistant|>\n"),
+        ("math", "<|system|>\n</s>\n<|user|>\nWhy? Let's think step by step.</s>\n<|assistant|>\n"),
+    ],
+)
+def test_qa_templates(bytes_, task, x):
+    assert data.TASKS[task].x(QA, bytes_, 999) == x
+    assert data.TASKS[task].f(QA, bytes_, 999) == RAC_CHAT
+
+
+def test_summarization_templates(bytes_):
+    row = {"subreddit": "pets", "title": "My cat", "post": "It sleeps.\nA lot.", "response": "Sleepy cat."}
+    x = "SUBREDDIT: r/pets\n\nTITLE: My cat\n\nPOST: It sleeps.\nA lot."
+    assert data.tldr_x(row, bytes_, 999) == x + "\n\nTL;DR:"
+    assert data.tldr_f(row, bytes_, 999) == (
+        f"[POST]: {x}\n\n[REFERENCE SUMMARY]: Sleepy cat.\n\n"
+        "Re-write a new summary of the post and cover the main content in the reference summary. TL;DR:"
+    )
+    assert data.tldr_x({"post": "p", "title": None}, bytes_, 999) == "POST: p\n\nTL;DR:"
+
+
+def test_the_tokenizers_own_chat_template_is_used_with_one_bos_and_a_system_turn_it_lacks_is_folded_in():
+    own = byte_tokenizer(eos_token="</s>", bos_token="<s>")
+    own.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    text = data.chat(own, "Why?", "Be brief.")
+    assert text == "<s>[system]Be brief.[user]Why?[assistant]"
+    assert data.tokenize(own, text).count(own.bos_token_id) == 1
+    own.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    )
+    assert data.chat(own, "Why?", "Be brief.") == "[user]Be brief.\n\nWhy?[assistant]"
+    assert data.chat(own, "Why?") == "[user]Why?[assistant]"
+
+
+def test_bos_is_added_once_where_the_tokenizer_adds_it():
+    from tokenizers.processors import TemplateProcessing
+
+    own = byte_tokenizer(eos_token="</s>", bos_token="<s>")
+    own.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", own.bos_token_id)])
+    assert data.tokenize(own, "hi")[0] == own.bos_token_id
+    assert data.tokenize(own, "<s>hi").count(own.bos_token_id) == 1
+    x, y = data.encode(own, "hi", "yes")
+    assert y == own("yes", add_special_tokens=False)["input_ids"] + [own.eos_token_id]
+
+
+# ------------------------------------------------------------------------------------------------ lengths
+@pytest.mark.parametrize("newlines", [True, False])
+def test_a_long_post_is_cut_as_in_the_source_and_never_its_end(bytes_, newlines):
+    rng = random.Random(0)
+    lines = ["".join(rng.choices("abc é", k=rng.randint(5, 40))) for _ in range(30)]
+    post = ("\n" if newlines else " ").join(lines)
+
+    def slow(post, limit):  # the rule, one cut at a time
+        while len(data.tokenize(bytes_, f"POST: {post}\n\nTL;DR:")) > limit:
+            post = post[: post.rindex("\n")] if "\n" in post else post[:-1]
+        return f"POST: {post}\n\nTL;DR:"
+
+    for limit in (60, 200, 333, 5000):
+        text = data.tldr_x({"post": post}, bytes_, limit)
+        assert text == slow(post, limit)
+        assert text.endswith("\n\nTL;DR:") and len(data.tokenize(bytes_, text)) <= limit
+
+
+def test_long_rows_are_left_out_or_cut_and_counted(tokenizer, tmp_path):
+    rows = [
+        {"prompt": "how many eggs", "response": "3 4 5 6 7 8"},
+        {"prompt": "how " * 9, "response": "3"},
+        {"prompt": "how many", "response": "3"},
+    ]
+    path = write(tmp_path / "d.jsonl", rows)
+    found, notes = data.examples("toy", tokenizer, data=path, max_prompt=5, max_response=4, max_reference=8)
+    assert list(found["id"]) == [2]  # row 0: f(x, y) too long; row 1: x too long
+    assert any("1 rows left out: x over 5" in note and "row 1" in note for note in notes)
+    assert any("1 rows left out: f(x, y) over 8" in note and "row 0" in note for note in notes)
+    found, notes = data.examples("toy", tokenizer, data=path, max_prompt=5, max_response=4)
+    assert [len(y) for y in found["y"]] == [4, 2]
+    assert found["y"][0][-1] != tokenizer.eos_token_id and found["y"][1][-1] == tokenizer.eos_token_id
+    assert any("1 responses cut at 4" in note for note in notes)
+
+
+def test_f_holds_the_whole_reference(tokenizer, tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"prompt": "how many eggs ?", "response": "amy has 3 eggs"}])
+    found, _ = data.examples("toy", tokenizer, data=path, max_reference=99)
+    y, f = found["y"][0][:-1], found["f"][0]
+    assert any(f[i : i + len(y)] == y for i in range(len(f)))
+
+
+def test_columns_can_be_mapped_and_joined(tokenizer, tmp_path):
+    rows = [{"instruction": "how", "input": "many", "output": "3"}, {"instruction": "how", "input": "", "output": "4"}]
+    path = write(tmp_path / "d.jsonl", rows)
+    found = data.load_rows("ultrachat", path, columns="prompt=instruction+input,response=output")
+    assert [(row["prompt"], row["response"]) for row in found] == [("how\n\nmany", "3"), ("how", "4")]
+
+
+def test_a_dialogue_gives_its_first_answer(tmp_path):
+    turns = [{"role": r, "content": c} for r, c in [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]]
+    path = write(tmp_path / "d.jsonl", [{"prompt": "q", "messages": turns}])
+    assert data.load_rows("ultrachat", path)[0]["response"] == "a"
+
+
+def test_json_and_parquet_files_read_like_jsonl(tmp_path):
+    import datasets
+
+    rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    paths = [write(tmp_path / "d.jsonl", rows), str(tmp_path / "d.json"), str(tmp_path / "d.parquet")]
+    a, b, c = (data.load_rows("gsm8k", path) for path in paths)
+    assert a == b == c and a[1]["prompt"] == "q1" and a[1]["id"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ the layout
+@pytest.mark.parametrize("arch", tiny.ARCHS)
+def test_batched_response_logits_equal_plain_forwards(arch):
+    """Left padding, right padding, positions and the kept logits against one unpadded row at a time."""
+    model, rng = tiny.model(arch, vocab=50), random.Random(1)
+    x = [[rng.randrange(50) for _ in range(n)] for n in (1, 9, 4, 13)]
+    y = [[rng.randrange(50) for _ in range(n)] for n in (6, 1, 11, 0)]
+    b = data.batch(x, y)
+    logits = data.response_logits(model, b)
+    assert logits.shape == (4, 11, 50) and b.mask.sum() == 18
+    for i in range(4):
+        plain = model(torch.tensor([x[i] + y[i]]), use_cache=False).logits[0, len(x[i]) - 1 : -1]
+        assert torch.allclose(logits[i, : len(y[i])], plain[: len(y[i])], atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", tiny.ARCHS)
+def test_gradients_of_a_padded_batch_are_those_of_its_rows(arch):
+    from sft import sft_loss
+
+    rng = random.Random(2)
+    x = [[rng.randrange(50) for _ in range(n)] for n in (2, 9, 5)]
+    y = [[rng.randrange(50) for _ in range(n)] for n in (6, 1, 0)]
+
+    def gradients(rows):
+        model = tiny.model(arch, vocab=50)
+        for some in rows:
+            b = data.batch([x[i] for i in some], [y[i] for i in some])
+            sft_loss(data.response_logits(model, b), b.y, b.mask)[0].backward()
+        return [p.grad for p in model.parameters()]
+
+    for together, apart in zip(gradients([[0, 1, 2]]), gradients([[0], [1]]), strict=True):
+        assert torch.allclose(together, apart, atol=2e-5) and together.isfinite().all()
+
+
+def test_pad_may_equal_eos_and_the_example_in_the_docstring():
+    b = data.batch([[5, 6, 7], [8]], [[1, 2], [3, 4]])
+    assert b.input_ids.tolist() == [[5, 6, 7, 1], [0, 0, 8, 3]]
+    assert b.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert b.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert b.y.tolist() == [[1, 2], [3, 4]] and b.mask.all()
+    b = data.batch([[0, 0], [7]], [[0, 0, 0], [0]])  # token 0 is the id that pads: masks come from lengths
+    assert b.mask.sum(1).tolist() == [3, 1] and b.attention_mask.sum(1).tolist() == [4, 2]
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+GOOD = '{"prompt": "a", "response": "b"}\n'
+BAD = [
+    (GOOD + "{oops\n", "line 2: not valid JSON"),
+    (GOOD + "[1]\n", "line 2: must be an object"),
+    (GOOD + '{"prompt": "a"}\n', "row 1: no column 'response'"),
+    (GOOD + '{"prompt": "a", "response": ""}\n', "row 1: empty response"),
+    (GOOD + '{"prompt": " ", "response": "b"}\n', "row 1: empty prompt"),
+    (GOOD + '{"prompt": "a", "response": 3}\n', "row 1: column 'response' is int, not text"),
+    (GOOD + '{"prompt": "a", "response": null}\n', "row 1: column 'response' is NoneType, not text"),
+    ("", "no rows"),
+]
+
+
+@pytest.mark.parametrize("text, message", BAD, ids=[message for _, message in BAD])
+def test_bad_rows_are_named(tmp_path, text, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        data.load_rows("toy", str(path))
+    assert message in str(error.value) and "bad.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_bad_input(tmp_path, tokenizer, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        data.load_rows("toy", str(tmp_path / "missing.jsonl"))
+    with pytest.raises(ValueError, match="must be a .jsonl"):
+        data.load_rows("toy", str(tmp_path))
+    with pytest.raises(ValueError, match="needs --data"):
+        data.load_rows("toy")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
+    with pytest.raises(ValueError, match="not UTF-8"):
+        data.load_rows("toy", str(tmp_path / "latin.jsonl"))
+    (tmp_path / "d.json").write_text('{"prompt": "a"}')
+    with pytest.raises(ValueError, match="list of objects"):
+        data.load_rows("toy", str(tmp_path / "d.json"))
+    good = write(tmp_path / "good.jsonl", [{"prompt": "how", "response": "3"}])
+    with pytest.raises(ValueError, match="prompt=NAME"):
+        data.load_rows("toy", good, columns="x=prompt")
+    with pytest.raises(ValueError, match="no EOS token"):
+        data.examples("toy", byte_tokenizer(), data=good)
+    with pytest.raises(ValueError, match="no example is left: 1 rows left out: x over 1 tokens"):
+        data.examples("toy", tokenizer, data=write(tmp_path / "l.jsonl", [{"prompt": "a b c", "response": "d"}]), max_prompt=1)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        data.load_rows("gsm8k", "nobody/no-such-set")

@@ -1,0 +1,439 @@
+"""evaluate.py: every metric against cases worked by hand, the table against numpy, and the two commands end to end."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import datasets
+import ddp_utils
+import evaluate
+import numpy as np
+import pytest
+import tiny
+import torch
+import toy
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------------------------------- answers
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so 3 * 4 = <<3*4=12>>12\n#### 12", "12"),
+        ("#### 1,234,567", "1234567"),
+        ("#### -3.50", "-3.50"),
+        ("#### 1 and then #### 2", "1"),  # the first
+        ("####12", None),  # strict: one space
+        ("#### $12", None),
+        ("the answer is 12", None),
+        ("#### ", None),
+        ("", None),
+    ],
+)
+def test_gsm8k_answer(text, answer):
+    assert evaluate.gsm8k_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
+        (r"\boxed{1}, no: \boxed{ 2 }", "2"),
+        (r"\fbox{7}", "7"),
+        (r"$x = \boxed 7$ indeed", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{x \mid x > \sqrt{2}\right.}", r"\left\{x \mid x > \sqrt{2}\right."),
+        (r"\boxed{1} and \boxed{\frac{1}{2}", None),  # cut off: the last one decides
+        (r"\boxed{}", ""),
+        (r"\boxed", None),
+        ("42", None),
+        ("", None),
+    ],
+)
+def test_math_answer(text, answer):
+    assert evaluate.math_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        [r"\frac{1}{2}", r"\dfrac12", r"\tfrac{1}2", "1/2", "0.5", ".5", r"\frac 1 2", "$0.5$"],
+        [r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt3}2", r"\dfrac{\sqrt 3}{2}"],
+        [r"\frac{\pi}{4}", r"\frac\pi4", r"\frac\pi 4"],
+        ["-3/4", r"-\frac34"],
+        ["10", r"10\%", r"\$10", "10.", r"10^\circ", r"10^{\circ}", r"10 \text{ cm}", r"10\text{ cm}^2", "x = 10"],
+        ["12345", "12,345", r"12,\!345"],
+        [r"\left(1, 2\right)", "(1,2)", r"(1,\,2)"],
+        [r"\text{Evelyn}", "Evelyn"],
+        [r"(-\infty,\frac{1}{2}]", r"\left(-\infty, \tfrac12\right]"],
+    ],
+)
+def test_math_equal_forms(forms):
+    assert all(evaluate.math_equal(a, b) for a in forms for b in forms)
+
+
+def test_math_equal_tells_apart():
+    different = [
+        "1",
+        "2",
+        "-1",
+        r"\frac{1}{2}",
+        r"\frac{2}{1}",
+        "12",
+        "(1,2)",
+        "(2,1)",
+        "x",
+        r"\sqrt{2}",
+        r"\text{ a}",
+        r"\text{ b}",
+    ]
+    assert not any(evaluate.math_equal(a, b) for a in different for b in different if a != b)
+    for nothing in (None, "", "$", r"\left"):
+        assert not evaluate.math_equal(nothing, nothing)
+        assert not evaluate.math_equal(nothing, "1")
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic
+def test_pass_at_k():
+    """Against the share of all k-subsets of n samples that hold a right one."""
+    from itertools import combinations
+
+    for n in range(1, 7):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(combinations(range(n), k))
+                expected = sum(any(i < c for i in subset) for subset in subsets) / len(subsets)
+                assert evaluate.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
+    for n, c, k in ((3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4), (0, 0, 1)):
+        with pytest.raises(ValueError, match="pass@k"):
+            evaluate.pass_at_k(n, c, k)
+
+
+def test_mean_se_and_paired_difference():
+    values = [0.4, 0.7, 0.1, 0.2]
+    mean, se = evaluate.mean_se(values)
+    assert mean == pytest.approx(np.mean(values))
+    assert se == pytest.approx(np.std(values, ddof=1) / 2)
+    assert evaluate.mean_se([3.0]) == (3.0, None)
+    a, b = {1: 0.5, 2: 0.75, 3: 1.0}, {2: 0.25, 3: 0.0, 9: 5.0}
+    assert evaluate.paired_difference(a, b) == (0.75, pytest.approx(np.std([0.5, 1.0], ddof=1) / np.sqrt(2)), 2)
+    with pytest.raises(ValueError, match="no values"):
+        evaluate.mean_se([])
+    with pytest.raises(ValueError, match="no seed in common"):
+        evaluate.paired_difference({1: 0.0}, {2: 0.0})
+
+
+def test_nll_against_a_float64_loop():
+    lm = tiny.model("gpt_neox").double()
+    x, y, g = [[3, 4, 5], [6], [7, 8]], [[9, 1], [10, 11, 12, 13, 1], [1]], [[20, 21], [10, 22, 12, 23, 1], [24]]
+    expected = []
+    for x_i, y_i, g_i in zip(x, y, g, strict=True):
+        total = 0.0
+        for j, token in enumerate(y_i):
+            with torch.no_grad():
+                logits = lm(torch.tensor([x_i + g_i[:j]])).logits[0, -1]
+            total -= float(logits.log_softmax(0)[token])
+        expected.append(total)
+    lm = lm.float()
+    for batch_size in (1, 2, 8):
+        assert evaluate.nll(lm, x, g, y, batch_size) == pytest.approx(expected, rel=2e-5)
+    assert evaluate.nll(lm, [[3]], [[]], [[]]) == [0.0]
+    with pytest.raises(ValueError, match="same length"):
+        evaluate.nll(lm, [[3]], [[4]], [[4, 5]])
+
+
+# ---------------------------------------------------------------------------------------------- metrics of a model
+Y = "amy has 25 . buys 15 : 25 + 15 = 40 , now 40 . gives 9 : 40 - 9 = 31 , now 31 . #### 31"
+
+
+@pytest.fixture
+def toy_set():
+    tokenizer = toy.tokenizer()
+    rows = [{"prompt": f"amy has {i} eggs .", "response": Y} for i in range(4)]
+    encode = [
+        {"id": i, "x": tokenizer(r["prompt"])["input_ids"], "y": tokenizer(Y)["input_ids"] + [1]}
+        for i, r in enumerate(rows)
+    ]
+    return tokenizer, datasets.Dataset.from_list(encode), {i: Y for i in range(4)}
+
+
+def arguments(out, **kw) -> Namespace:
+    return Namespace(
+        **dict(task="toy", out=str(out), max_response=64, generations=2, seed=1, batch_size=8, beta=0.2) | kw
+    )
+
+
+def test_exposure(toy_set, tmp_path):
+    tokenizer, rows, _ = toy_set
+    lm = tiny.model("gpt_neox", vocab=len(tokenizer))
+    none = evaluate.exposure(arguments(tmp_path / "a", beta=0), lm, tokenizer, rows)
+    assert none["exposure_gap"] == 0
+    assert none["nll_y"] == none["nll_g"] > 0
+    half = evaluate.exposure(arguments(tmp_path / "b", beta=0.5), lm, tokenizer, rows)
+    assert half["nll_y"] == none["nll_y"]
+    assert half["exposure_gap"] == half["nll_g"] - half["nll_y"] != 0
+    made = datasets.load_from_disk(str(tmp_path / "b" / "exposure"))
+    assert half["nll_g"] == pytest.approx(
+        sum(evaluate.nll(lm, made["x"][:], made["g"][:], made["y"][:])) / sum(map(len, made["y"]))
+    )
+
+
+def test_inject_error():
+    for seed in range(20):
+        prefix, right = evaluate.inject_error(Y.split(), seed)
+        k = len(prefix) - 1
+        assert prefix[:k] == Y.split()[:k]
+        assert prefix[k - 1] == "="
+        assert right == Y.split()[k] in ("40", "31")
+        assert prefix[k] != right
+        assert prefix[k] in toy.NUMBERS
+    assert evaluate.inject_error("amy has 25 . #### 25".split(), 0) is None
+    assert evaluate.inject_error([], 0) is None
+
+
+def scripted(monkeypatch, write):
+    """generate.generate replaced: `write(prompt)` gives the samples of a prompt."""
+    monkeypatch.setattr(evaluate.generate, "generate", lambda model, prompts, **kw: [write(p, kw) for p in prompts])
+
+
+def test_recovery_by_hand(toy_set, tmp_path, monkeypatch):
+    """Row 0 recovers, row 1 restates right but ends wrong, row 2 the other way round, row 3 says nothing of use."""
+    tokenizer, rows, references = toy_set
+
+    def write(prompt, kw):
+        row = tokenizer.convert_ids_to_tokens(prompt)[2]
+        prefix, right = evaluate.inject_error(Y.split(), int(row))
+        assert tokenizer.convert_ids_to_tokens(prompt)[-len(prefix) :] == prefix
+        text = {"0": f", now {right} . #### 31", "1": f", now {right} . #### 7", "2": ", now 1 . #### 31", "3": "eggs"}[
+            row
+        ]
+        return [tokenizer(text)["input_ids"] + [1]]
+
+    scripted(monkeypatch, write)
+    found = evaluate.recovery(arguments(tmp_path), tiny.model("gpt_neox"), tokenizer, rows, references)
+    assert found == {"recovery_restated": 0.5, "recovery_final": 0.5}
+
+
+def test_recovery_without_any_result(toy_set, tmp_path, monkeypatch):
+    tokenizer, rows, references = toy_set
+    scripted(monkeypatch, lambda prompt, kw: [[1]])
+    rows = rows.map(lambda row: {"y": [5, 1]})
+    assert evaluate.recovery(arguments(tmp_path), tiny.model("gpt_neox"), tokenizer, rows, references) == {}
+
+
+def test_accuracy_by_hand(toy_set, tmp_path, monkeypatch):
+    """Four problems, three generations with 4, 2 and 0 right; the ± is the population's, as in the paper's Table 2."""
+    tokenizer, rows, references = toy_set
+
+    def write(prompt, kw):
+        row = int(tokenizer.convert_ids_to_tokens(prompt)[2])
+        right, wrong, silent = ([*tokenizer(text)["input_ids"], 1] for text in ("#### 31", "#### 30", "31"))
+        return [right, right if row < 2 else wrong, silent[:-1]][: kw["n"]]
+
+    scripted(monkeypatch, write)
+    args = arguments(tmp_path, generations=3)
+    lm = tiny.model("gpt_neox")
+    metrics, details = evaluate.accuracy(args, lm, tokenizer, rows, references, 0.1)
+    assert metrics == {"accuracy_t0.1": 0.5}
+    assert details["accuracy"] == [1.0, 0.5, 0.0]
+    assert details["sd_over_generations"] == pytest.approx(np.std([1, 0.5, 0]))
+    assert details["without_answer"] == details["without_eos"] == pytest.approx(1 / 3)
+    assert details["tokens"] == pytest.approx((3 + 3 + 1) / 3)
+    assert evaluate.accuracy(args, lm, tokenizer, rows, references, 0.0)[0] == {"accuracy_t0": 1.0}  # one generation
+    assert evaluate.accuracy(arguments(tmp_path / "tldr", task="tldr"), lm, tokenizer, rows, references, 0.0)[0] == {}
+    assert np.std([7.90, 8.45, 7.74]).round(2) == 0.30  # SFT's row of Table 2
+
+
+def test_train_seconds(tmp_path):
+    assert evaluate.train_seconds(str(tmp_path)) is None
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "seconds": 1.5}\n{"step": 2, "seconds": 2}\n')
+    assert evaluate.train_seconds(str(tmp_path)) == 3.5
+    for i in (1, 2):
+        (tmp_path / f"D_r_{i}").mkdir()
+        (tmp_path / f"D_r_{i}" / "source.json").write_text('{"tokenizer": "x", "seconds": 10}')
+    assert evaluate.train_seconds(str(tmp_path)) == 23.5
+
+
+# ---------------------------------------------------------------------------------------------- table
+def result(name, seed, **metrics) -> dict:
+    same = {"task": "toy", "test_set": "abc", "beta": 0.2, "generations": 3, "max_response": 96, "n": 8}
+    return {"name": name, "seed": seed, "metrics": metrics, **same}
+
+
+def written(tmp_path, *results) -> list[str]:
+    for i, one in enumerate(results):
+        (tmp_path / f"{i}.json").write_text(json.dumps(one))
+    return [str(tmp_path / f"{i}.json") for i in range(len(results))]
+
+
+def test_table_arithmetic(tmp_path):
+    rng = np.random.default_rng(0)
+    a, b, c = rng.random(3), rng.random(4), rng.random(1)
+    runs = [result("sft-more", s, accuracy_t0=v, nll_y=v + 1) for s, v in enumerate(a, 1)]
+    runs += [result("rac", s, accuracy_t0=v, nll_y=v + 2, train_seconds=9.0) for s, v in enumerate(b, 1)]
+    runs += [result("bash", 2, accuracy_t0=c[0], nll_y=1.0)]
+    table = evaluate.summarise(evaluate.read_results(written(tmp_path, *runs)), "sft-more")
+    assert [row["name"] for row in table["rows"]] == ["sft-more", "rac", "bash"]
+    assert table["rows"][1]["seeds"] == [1, 2, 3, 4]
+    expected = b.mean(), b.std(ddof=1) / 2
+    assert table["rows"][1]["metrics"]["accuracy_t0"] == pytest.approx(expected)
+    d = b[:3] - a
+    assert table["differences"][0]["metrics"]["accuracy_t0"] == pytest.approx((d.mean(), d.std(ddof=1) / math.sqrt(3)))
+    assert table["differences"][0]["metrics"].keys() == {"accuracy_t0", "nll_y"}  # the baseline has no train_seconds
+    assert table["differences"][0]["seeds"] == [1, 2, 3]
+    assert table["differences"][1]["metrics"]["accuracy_t0"] == (pytest.approx(c[0] - a[1]), None)
+    lines = evaluate.markdown(table).splitlines()
+    assert lines[2].startswith("| Method | Greedy (%) | NLL given y | Training (s) | Seeds |")
+    assert lines[4] == (
+        f"| sft-more | {100 * a.mean():.1f} ± {100 * a.std(ddof=1) / math.sqrt(3):.1f} "
+        f"| {1 + a.mean():.4f} ± {a.std(ddof=1) / math.sqrt(3):.4f} | – | 3 |"
+    )
+    assert lines[6].startswith(f"| bash | {100 * c[0]:.1f} | 1.0000 | – | 1 |")
+    assert lines[-1].startswith(f"| bash | {100 * (c[0] - a[1]):+.1f} |")
+
+
+def test_table_command_writes_what_it_can_read_again(tmp_path, capsys):
+    files = written(tmp_path, result("sft-more", 1, accuracy_t0=0.5), result("rac", 1, accuracy_t0=0.75))
+    evaluate.table(Namespace(results=files, baseline=None, out=str(tmp_path / "results" / "toy")))
+    first = capsys.readouterr().out
+    assert "| rac | +25.0 | 1 |" in first  # sft-more is the default baseline
+    assert (tmp_path / "results" / "toy.md").read_text() == first
+    evaluate.table(Namespace(results=[str(tmp_path / "results" / "toy.json")], baseline=None, out=None))
+    assert capsys.readouterr().out == first
+    evaluate.table(Namespace(results=files[1:], baseline=None, out=None))  # no baseline, no second table
+    assert "Less" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "gsm8k"}, "task gsm8k"),
+        ({"test_set": "other"}, "test_set other"),
+        ({"beta": 0.5}, "beta 0.5"),
+        ({"name": "sft", "seed": 1}, "both are sft, seed 1"),
+        ({"name": "sft", "metrics": {"nll_y": 1}}, "only some runs of sft have accuracy_t0, nll_y"),
+    ],
+)
+def test_table_refuses(tmp_path, change, message):
+    files = written(tmp_path, result("sft", 1, accuracy_t0=0.5), result("rac", 2, accuracy_t0=0.5) | change)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate.summarise(evaluate.read_results(files))
+    assert "1.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_table_refuses_unknown_baseline_and_other_files(tmp_path):
+    runs = evaluate.read_results(written(tmp_path, result("sft", 1, accuracy_t0=0.5)))
+    with pytest.raises(ValueError, match="--baseline rac: no such name; there are sft"):
+        evaluate.summarise(runs, "rac")
+    for text in ("[1", '{"name": "x"}', "[]", "3", '{"runs": [7]}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=r"bad.json: not a results.json"):
+            evaluate.read_results([str(tmp_path / "bad.json")])
+    with pytest.raises(OSError):
+        evaluate.read_results([str(tmp_path / "none.json")])
+
+
+# ---------------------------------------------------------------------------------------------- the command
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random toy model and eight problems."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny.model("gpt_neox", vocab=len(toy.WORDS), max_position_embeddings=512, pad_token_id=0).save_pretrained(
+        folder / "model"
+    )
+    toy.tokenizer().save_pretrained(folder / "model")
+    rows = toy.problems(8, seed="evaluate test")
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def call(folder, monkeypatch, *more) -> None:
+    flags = f"run --model {folder}/model --task toy --data {folder}/test.jsonl --name bash --seed 1".split()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags, *more])
+    evaluate.main()
+
+
+def test_command(folder):
+    flags = f"run --model model --task toy --data test.jsonl --out {folder}/out --name bash --seed 1 --generations 2"
+    command = [sys.executable, str(ROOT / "evaluate.py"), *flags.split()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    first = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    assert "bash, seed 1, 8 examples: Greedy (%) " in first.stderr
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert list(results["metrics"]) == [
+        *("accuracy_t0", "accuracy_t0.1", "accuracy_t1", "recovery_restated", "recovery_final"),
+        *("nll_y", "nll_g", "exposure_gap"),
+    ]
+    assert results["n"] == 8
+    assert results["left_out"] == 0
+    made = datasets.load_from_disk(str(folder / "out" / "generations-t0.1"))
+    assert {"id", "x", "y", "z", "text"} == set(made.column_names)
+    assert [len(z) for z in made["z"]] == [2] * 8
+    again = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert again.stderr.strip().endswith("results.json: already done")
+
+
+def test_resumes(folder, tmp_path, monkeypatch):
+    """Stopped in the exposure: the finished generations stay, and the results are those of an undisturbed run."""
+    out = ("--out", str(tmp_path / "a"), "--temperatures", "0,1", "--generations", "2")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "nll", killed)
+        call(folder, patch, *out)
+    before = (tmp_path / "a" / "generations-t1" / "source.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match=r"another evaluation \(--limit 0 -> 4\)"):
+        call(folder, monkeypatch, *out, "--limit", "4")
+    ddp_utils.open_out.lock.close()
+    call(folder, monkeypatch, *out)
+    assert (tmp_path / "a" / "generations-t1" / "source.json").stat().st_mtime_ns == before
+    call(folder, monkeypatch, "--out", str(tmp_path / "b"), *out[2:])
+    a, b = (json.loads((tmp_path / x / "results.json").read_text()) for x in "ab")
+    assert a == b
+
+
+def test_bad_input(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"take up to \d+ tokens, the model has 512 positions"):
+        call(folder, monkeypatch, "--out", str(tmp_path / "a"), "--max-response", "500")
+    with pytest.raises(ValueError, match="belongs to another run|did not make"):
+        call(folder, monkeypatch, "--out", str(folder / "model"))
+    (tmp_path / "silent.jsonl").write_text('{"prompt": "amy has 3 eggs .", "response": "3"}\n')
+    with pytest.raises(ValueError, match="no response of the data holds an answer"):
+        call(folder, monkeypatch, "--out", str(tmp_path / "b"), "--data", str(tmp_path / "silent.jsonl"))
+    for flag, value in (
+        ("--temperatures", "0,-1"),
+        ("--temperatures", "hot"),
+        ("--beta", "1.5"),
+        ("--generations", "0"),
+    ):
+        with pytest.raises(SystemExit):
+            call(folder, monkeypatch, "--out", str(tmp_path / "c"), flag, value)
+
+
+def test_exposure_of_a_task_without_answers(folder, tmp_path, monkeypatch):
+    """Exposure alone, on any data: nothing is generated unless asked for; train_seconds where there is a log."""
+    rows = toy.problems(3, seed=1)
+    (tmp_path / "posts.jsonl").write_text(
+        "".join(json.dumps({"post": r["prompt"], "summary": r["response"]}) + "\n" for r in rows)
+    )
+    flags = ("--task", "tldr", "--data", str(tmp_path / "posts.jsonl"))
+    call(folder, monkeypatch, "--out", str(tmp_path / "a"), *flags)
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["metrics"].keys() == {
+        "nll_y",
+        "nll_g",
+        "exposure_gap",
+    }
+    assert not list((tmp_path / "a").glob("generations*"))
+    call(folder, monkeypatch, "--out", str(tmp_path / "b"), *flags, "--temperatures", "0")
+    assert (tmp_path / "b" / "generations-t0" / "dataset_info.json").exists()

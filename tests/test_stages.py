@@ -1,0 +1,254 @@
+"""The stages as commands: what they write, Algorithm 1 and 2 against their definition, and what a mistake is told."""
+
+import json
+import random
+
+import datasets
+import pytest
+import torch
+
+import bash
+import data
+import ddp_utils as ddp
+import generate
+import rac
+import scs
+import sft
+import tiny
+
+STAGES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tiny model and train.jsonl: `base / "model"`, `base / "train.jsonl"`."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer, rng = tiny.word_tokenizer(), random.Random(0)
+    tiny.model("llama", vocab=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": text(rng, 6), "response": text(rng, 9)} for _ in range(9)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def text(rng, longest):
+    return " ".join(str(rng.randrange(40)) for _ in range(rng.randint(1, longest)))
+
+
+def run(monkeypatch, stage, base, out, *flags, data_file="train.jsonl", model="model", task="ultrachat"):
+    """Runs a stage's main in this process, as its command line would."""
+    command = [f"{stage}.py", "--model", base / model, "--task", task, "--data", base / data_file, "--out", out]
+    command += ["--columns", "response=response", "--batch-size", "4", "--lr", "1e-3", "--max-response", "12", *flags]
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    STAGES[stage].main()
+    return out
+
+
+def fails(monkeypatch, capsys, *args, **kw):
+    """The one line that a failing command prints."""
+    with pytest.raises(SystemExit) as stop:
+        ddp.cli(lambda: run(monkeypatch, *args, **kw))
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed.strip().splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ the algorithms
+@pytest.mark.parametrize("arch", tiny.ARCHS)
+def test_rac_labels_are_the_step_by_step_arg_max(arch):
+    """z_bar^j = arg max p(. | f(x, y), z^{<j}), position by position, without a batch, padding or a shift."""
+    model, rng = tiny.model(arch, vocab=40), random.Random(3)
+    f = [[rng.randrange(40) for _ in range(n)] for n in (9, 3, 17, 5)]
+    z = [[rng.randrange(40) for _ in range(n)] for n in (4, 8, 1, 6)]
+    labels = rac.rac_labels(model, f, z, batch_size=3)
+    for prompt, own, row in zip(f, z, labels, strict=True):
+        assert len(row) == len(own)
+        for j, label in enumerate(row):
+            logits = model(torch.tensor([prompt + own[:j]]), use_cache=False).logits[0, -1]
+            assert label == int(logits.argmax())
+    assert rac.rac_labels(model, f, z, batch_size=1) == labels
+
+
+def test_d_r_is_made_as_algorithm_2_says(base, tmp_path, monkeypatch):
+    """z drawn given x, labels given the task's own f(x, y): rebuilt here from the start model and the templates."""
+    out = run(monkeypatch, "rac", base, tmp_path / "rac", "--temperature", "0")
+    d_r = datasets.load_from_disk(str(out / "D_r_1"))
+    assert {"id", "x", "y", "z", "z_bar"} == set(d_r.column_names)
+    tokenizer, model = ddp.load_tokenizer(str(base / "model")), ddp.load_model(str(base / "model"))
+    rows = data.load_rows("ultrachat", str(base / "train.jsonl"), columns="response=response")
+    for row, made in zip(rows, d_r, strict=True):
+        x = tokenizer(f"<|system|>\n<eos>\n<|user|>\n{row['prompt']}<eos>\n<|assistant|>\n")["input_ids"]
+        assert made["x"] == x and made["y"] == tokenizer(row["response"])["input_ids"] + [tokenizer.eos_token_id]
+        z = generate.generate(model, [x], max_new_tokens=12, eos_token_id=tokenizer.eos_token_id, temperature=0)[0][0]
+        assert made["z"] == z
+        f = tokenizer(data.qa_f(row, tokenizer, 0))["input_ids"]
+        assert made["z_bar"] == rac.rac_labels(model, [f], [z])[0]
+
+
+def test_d_s_mixes_y_with_the_models_tokens(base, tmp_path, monkeypatch):
+    out = run(monkeypatch, "bash", base, tmp_path / "bash", "--beta", "0.5", "--seed", "3")
+    d_s = datasets.load_from_disk(str(out / "D_s_1"))
+    model = ddp.load_model(str(base / "model"))
+    expected = generate.mix(model, d_s["x"][:], d_s["y"][:], beta=0.5, seed=ddp.fold_in(3, 1), method="token")
+    assert d_s["y_hat"][:] == expected != d_s["y"][:]
+
+
+def test_bash_with_beta_0_is_sft_with_twice_the_gradient(base, tmp_path, monkeypatch):
+    """y_hat = y, so both terms are equal; where the gradient is always clipped, the run equals plain SFT's."""
+    flags = ["--epochs", "3", "--batch-size", "9", "--clip", "0.01"]
+    one = read_log(run(monkeypatch, "sft", base, tmp_path / "sft", *flags))
+    two = read_log(run(monkeypatch, "bash", base, tmp_path / "bash", *flags, "--beta", "0"))
+    for a, b in zip(one, two, strict=True):
+        assert b["bash"] == pytest.approx(b["sft"], rel=1e-6) and b["sft"] == pytest.approx(a["sft"], rel=1e-4)
+
+
+def test_two_iterations_are_two_runs_in_a_row_and_the_second_uses_fresh_data(base, tmp_path, monkeypatch):
+    both = run(monkeypatch, "bash", base, tmp_path / "both", "--iterations", "2", "--beta", "0.5")
+    first = run(monkeypatch, "bash", base, tmp_path / "first", "--iterations", "1", "--beta", "0.5")
+    assert [r["loss"] for r in read_log(first)] == [r["loss"] for r in read_log(both)][:3]
+    model = ddp.load_model(str(first))
+    d_s = datasets.load_from_disk(str(both / "D_s_2"))
+    assert d_s["y_hat"][:] == generate.mix(model, d_s["x"][:], d_s["y"][:], beta=0.5, seed=ddp.fold_in(0, 2))
+
+
+def test_sft_first_is_a_phase_of_its_own(base, tmp_path, monkeypatch):
+    whole = read_log(run(monkeypatch, "rac", base, tmp_path / "whole", "--sft-epochs", "2"))
+    alone = read_log(run(monkeypatch, "sft", base, tmp_path / "alone", "--epochs", "2"))
+    assert [r["loss"] for r in whole[:6]] == [r["loss"] for r in alone]
+    assert [r["phase"] for r in whole] == [1] * 6 + [2] * 3 and "rac" not in whole[5] and "rac" in whole[6]
+
+
+@pytest.mark.parametrize("stage", ["scs", "bash", "rac"])
+def test_sft_weight(base, tmp_path, monkeypatch, stage):
+    """The first step's terms do not depend on the weight; 0 leaves the SFT term out (Table 6)."""
+    with_sft = read_log(run(monkeypatch, stage, base, tmp_path / "with", "--sft-weight", "0.5"))[0]
+    without = read_log(run(monkeypatch, stage, base, tmp_path / "without", "--sft-weight", "0"))[0]
+    assert without[stage] == pytest.approx(with_sft[stage]) and "sft" not in without
+    assert with_sft["loss"] == pytest.approx(with_sft[stage] + with_sft["sft"])
+
+
+def test_unmasked_is_eq_6(base, tmp_path, monkeypatch):
+    masked = read_log(run(monkeypatch, "rac", base, tmp_path / "masked"))[0]
+    unmasked = read_log(run(monkeypatch, "rac", base, tmp_path / "unmasked", "--unmasked"))[0]
+    assert unmasked["rac"] > masked["rac"] > 0
+
+
+def test_pairs_made_elsewhere_are_read_in(base, tmp_path, monkeypatch):
+    made = run(monkeypatch, "rac", base, tmp_path / "made")
+    read = run(monkeypatch, "rac", base, tmp_path / "read", "--pairs", str(made / "D_r_1"))
+    assert [r["loss"] for r in read_log(made)] == [r["loss"] for r in read_log(read)]
+    assert not (read / "D_r_1").exists()
+    foreign = datasets.load_from_disk(str(made / "D_r_1")).select_columns(["x", "y", "z", "z_bar"])  # no id, no source.json
+    foreign.save_to_disk(str(tmp_path / "foreign"))
+    again = run(monkeypatch, "rac", base, tmp_path / "again", "--pairs", str(tmp_path / "foreign"))
+    assert [r["loss"] for r in read_log(again)] == [r["loss"] for r in read_log(made)]
+
+
+def test_describe():
+    rows = [
+        {"y": [1, 2], "z": [1, 2], "z_bar": [1, 2]},
+        {"y": [1, 2], "z": [1, 3, 4], "z_bar": [1, 2, 4]},
+        {"y": [1, 2], "z": [5, 5, 5], "z_bar": [1, 5, 1]},
+    ]
+    assert rac.describe(datasets.Dataset.from_list(rows)) == {
+        "tokens_corrected": 3 / 8, "z_equals_y": 1 / 3, "rows_without_correction": 1 / 3,
+    }  # fmt: skip
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--beta", "1.5"], "argument --beta: '1.5' is not a number in [0, 1]"),
+        (["--beta", "nan"], "argument --beta: 'nan' is not a number in [0, 1]"),
+        (["--temperature", "-1"], "argument --temperature: '-1' is not a number of at least 0"),
+        (["--lr", "nan"], "argument --lr: 'nan' is not a number of at least 0"),
+        (["--batch-size", "0"], "argument --batch-size: '0' is not a whole number of at least 1"),
+        (["--batch-size", "2.5"], "argument --batch-size: '2.5' is not a whole number"),
+        (["--task", "poetry"], "argument --task: invalid choice: 'poetry'"),
+        (["--dtype", "float8"], "argument --dtype: invalid choice"),
+        (["--bta", "0.2"], "unrecognized arguments: --bta 0.2"),
+        (["--data", "missing.jsonl"], "--data missing.jsonl: no such file"),
+        (["--model", "./missing"], "--model ./missing: no such folder"),
+        (["--columns", "response=answer"], "row 0: no column 'answer' for the response; there are prompt, response"),
+        (["--max-prompt", "2"], "no example is left"),
+        (["--pairs", "missing"], "--pairs missing: not a folder written by"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(base, tmp_path, monkeypatch, capsys, flags, message):
+    assert message in fails(monkeypatch, capsys, "bash", base, tmp_path / "out", *flags)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_model_that_does_not_fit(base, tmp_path, monkeypatch, capsys):
+    tokenizer = tiny.word_tokenizer()
+    for name, kw in {"short": {"max_position_embeddings": 8}, "small": {"vocab": 30}}.items():
+        tiny.model("llama", **{"vocab": len(tokenizer), **kw}).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    tiny.model("llama").save_pretrained(tmp_path / "bare")
+    line = fails(monkeypatch, capsys, "sft", base, tmp_path / "o1", model=tmp_path / "short")
+    assert "the model has 8 positions" in line and "--max-prompt" in line
+    line = fails(monkeypatch, capsys, "sft", base, tmp_path / "o2", model=tmp_path / "small")
+    assert "model and tokenizer do not belong together" in line
+    assert "no tokenizer could be loaded" in fails(monkeypatch, capsys, "sft", base, tmp_path / "o3", model=tmp_path / "bare")
+    no_eos = tiny.word_tokenizer()
+    no_eos.eos_token = None
+    tiny.model("llama").save_pretrained(tmp_path / "endless")
+    no_eos.save_pretrained(tmp_path / "endless")
+    line = fails(monkeypatch, capsys, "sft", base, tmp_path / "o4", model=tmp_path / "endless")
+    assert "no EOS token" in line
+
+
+def test_pairs_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
+    made = run(monkeypatch, "rac", base, tmp_path / "made")
+    d_r = datasets.load_from_disk(str(made / "D_r_1"))
+
+    def refused(rows, name):
+        rows.save_to_disk(str(tmp_path / name))
+        return fails(monkeypatch, capsys, "rac", base, tmp_path / f"o-{name}", "--pairs", str(tmp_path / name))
+
+    assert "no column z_bar" in refused(d_r.remove_columns("z_bar"), "column")
+    assert "row 0: z has" in refused(d_r.map(lambda r: {"z": r["z"] + [1]}), "length")
+    assert "row 0: token id 10000" in refused(d_r.map(lambda r: {"y": [10000]}), "id")
+    (made / "D_r_1" / "source.json").write_text('{"tokenizer": "another"}')
+    line = fails(monkeypatch, capsys, "rac", base, tmp_path / "o", "--pairs", str(made / "D_r_1"))
+    assert "was made with another tokenizer" in line
+
+
+def test_out_folders_are_guarded(base, tmp_path, monkeypatch, capsys):
+    out = run(monkeypatch, "sft", base, tmp_path / "out", "--epochs", "1")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:  # the same command: nothing to do
+        run(monkeypatch, "sft", base, out, "--epochs", "1")
+    assert not stop.value.code
+    line = fails(monkeypatch, capsys, "sft", base, out, "--epochs", "3", "--lr", "1e-2")
+    assert "belongs to another run (--epochs 1.0 -> 3.0, --lr 0.001 -> 0.01)" in line
+    assert "did not make" in fails(monkeypatch, capsys, "sft", base, base / "model")
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(monkeypatch, capsys, "sft", base, tmp_path / "file" / "out")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_diverging_run_stops_and_names_step_and_rows(base, tmp_path, monkeypatch, capsys):
+    model = tiny.model("llama", vocab=len(tiny.word_tokenizer()))
+    model.lm_head.weight.data[5, 0] = float("inf")
+    model.save_pretrained(tmp_path / "nan")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "nan")
+    line = fails(monkeypatch, capsys, "sft", base, tmp_path / "out", model=tmp_path / "nan")
+    assert "step 1: loss" in line and "not finite; rows" in line
+
+
+def test_one_example_and_an_epoch_of_zero(base, tmp_path, monkeypatch):
+    out = run(monkeypatch, "sft", base, tmp_path / "one", "--limit", "1", "--epochs", "2")
+    assert len(read_log(out)) == 2
+    out = run(monkeypatch, "sft", base, tmp_path / "none", "--epochs", "0")
+    from safetensors.torch import load_file
+
+    before, after = (load_file(folder / "model.safetensors") for folder in (base / "model", out))
+    assert all(torch.equal(before[name], after[name]) for name in before)
