@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 8 bash.py --model runs/sft --task tldr --out runs/bash --lr 3e-6 --warmup 0 --beta 0.2
     python bash.py --model base --task gsm8k --data train.jsonl --out runs/bash --sft-epochs 2     # Algorithm 1 whole
 
-Each iteration writes D_s to OUT/D_s_1, OUT/D_s_2, ... (a `datasets` folder: id, x, y, y_hat); --pairs reads one instead.
+Each iteration writes D_s to OUT/D_s_1, OUT/D_s_2, ... (a `datasets` folder: id, x, y, y_hat); --pairs reads one.
 
 Departures from the paper
 - Algorithm 1 steps along -grad J of a log-likelihood; that sign is a slip: we minimise -J. Token means, as in sft.py.
@@ -35,7 +35,7 @@ def bash_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tupl
 
 
 def make_d_s(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
-    """D_s = {(x, y, y_hat)} by the current model (Algorithm 1, line 8): y_hat mixes y with the model's tokens (Eq. 4)."""
+    """D_s = {(x, y, y_hat)} by the current model (Algorithm 1, line 8): y_hat is y mixed with model tokens, Eq. 4."""
     seed = ddp.fold_in(args.seed, iteration)
 
     def make(rows: list[dict]) -> list[dict]:
@@ -73,8 +73,8 @@ def main() -> None:
                 b = data.batch(x, [row["y"] for row in rows], run.device)
                 b_hat = data.batch(x, [row["y_hat"] for row in rows], run.device)  # y_hat is as long as y
                 terms = {"bash": bash_loss(data.response_logits(run.model, b_hat), b.y, b.mask)[0] / n}  # line 12
-                if args.sft_weight:
-                    terms["sft"] = args.sft_weight * sft_loss(data.response_logits(run.model, b), b.y, b.mask)[0] / n  # 11
+                if args.sft_weight:  # line 11
+                    terms["sft"] = args.sft_weight * sft_loss(data.response_logits(run.model, b), b.y, b.mask)[0] / n
                 run.backward(**terms)  # line 13
     run.finish()
 

@@ -11,9 +11,9 @@ Decisions that the paper leaves open
 - Losses cover the response only; the prompt is never a target.
 - Lengths are in tokens, EOS included. A TL;DR post is cut as in the OpenAI code (the end `TL;DR:` stays). In the other
   tasks a prompt is never cut: a row whose x, or whose f(x, y), is too long is left out, counted and reported.
-- A response over its limit is cut and carries no EOS then: the model is not taught to stop in mid-sentence. Also counted.
-- General QA takes the first turn of a dialogue, as SPIN does. Math trains with the paper's evaluation prompt, so that the
-  model meets the same template in both.
+- A response over its limit is cut, and carries no EOS then, so no model is taught to stop in mid-sentence. Counted.
+- General QA takes the first turn of a dialogue, as SPIN does. Math trains with the paper's evaluation prompt, so that
+  the model meets the same template in both.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def tldr_x(row: dict, tokenizer, limit: int) -> str:
         if over <= 0 or not post:
             return text
         newline = post.rfind("\n")
-        post = post[:newline] if newline >= 0 else post[: -max(1, over // 4)]  # a character has at most 4 tokens (bytes)
+        post = post[:newline] if newline >= 0 else post[: -max(1, over // 4)]  # a character is at most 4 tokens
 
 
 def tldr_f(row: dict, tokenizer, limit: int) -> str:
@@ -83,6 +83,7 @@ def qa_f(row: dict, tokenizer, limit: int) -> str:
     return chat(tokenizer, user, RAC_SYSTEM)
 
 
+TOY_F = "reference : {y} question : {x}"
 TLDR_HEAD = {"subreddit": "r/", "title": ""}  # the optional lines above the post, and what stands before their value
 
 
@@ -113,7 +114,7 @@ TASKS = {
     "toy": Task(
         (), ("train", "test"), "prompt", "response", 128, 96,
         x=lambda row, tokenizer, limit: row["prompt"],
-        f=lambda row, tokenizer, limit: f"reference : {row['response']} question : {row['prompt']}",
+        f=lambda row, tokenizer, limit: TOY_F.format(x=row["prompt"], y=row["response"]),
     ),
     "tldr": Task(
         ("vwxyzjn/summarize_from_feedback_tldr_3_filtered",), ("train", "test"), "post", "summary", 512, 53,
@@ -204,7 +205,7 @@ def one_row(row: dict, wanted: dict[str, str], where: str) -> dict[str, str]:
         parts = []
         for name in names.split("+"):
             if name not in row:
-                raise ValueError(f"{where}: no column {name!r} for the {key}; there are {', '.join(row)} (see --columns)")
+                raise ValueError(f"{where}: no column {name!r} for the {key}; there are {', '.join(row)} (--columns)")
             value = row[name]
             if name == "messages" and isinstance(value, list):  # a dialogue: the first answer
                 value = next((turn.get("content") for turn in value if turn.get("role") == "assistant"), "")
@@ -277,9 +278,8 @@ def examples(
     if long_x:
         notes.append(f"{len(long_x)} rows left out: x over {max_prompt} tokens (--max-prompt), first: row {long_x[0]}")
     if long_f:
-        notes.append(
-            f"{len(long_f)} rows left out: f(x, y) over {max_reference} tokens (--max-reference), first: row {long_f[0]}"
-        )
+        over = f"f(x, y) over {max_reference} tokens (--max-reference)"
+        notes.append(f"{len(long_f)} rows left out: {over}, first: row {long_f[0]}")
     if cut:
         notes.append(f"{cut} responses cut at {max_response} tokens (--max-response), without EOS")
     if not kept:
@@ -310,7 +310,7 @@ class Batch:
 
 
 def pad_responses(responses: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids [B, L] and their bool mask [B, L], L >= 1. Masks come from lengths, so that pad may equal EOS."""
+    """Right-padded ids [B, L] and their bool mask [B, L], L >= 1. Masks come from lengths: pad may be EOS."""
     length = max(1, max(map(len, responses)))
     ids = torch.tensor([[*y, *[0] * (length - len(y))] for y in responses], dtype=torch.long, device=device)
     sizes = torch.tensor([len(y) for y in responses], device=device)
@@ -340,7 +340,7 @@ def batch(prompts: list[list[int]], responses: list[list[int]], device: torch.de
 
 
 def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """logits [B, L, V]: logits[:, j] predicts response token j. One teacher-forced pass; the prompt's are never made."""
+    """logits [B, L, V]: logits[:, j] predicts response token j. One teacher-forced pass; the prompt gets no logits."""
     return model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,

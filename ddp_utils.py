@@ -64,7 +64,7 @@ def init() -> torch.device:
         torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cuda.matmul.allow_tf32 = True
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
-    if WORLD > 1:  # the long timeout is for ranks that wait for another's generation; torchrun ends the dead ones' peers
+    if WORLD > 1:  # the long timeout: a rank may wait for others' generation; torchrun ends the peers of a dead one
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
     return device
 
@@ -121,7 +121,8 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
             value = math.nan
         if not (math.isfinite(value) and low <= value <= high):
             bounds = f" in [{low:g}, {high:g}]" if math.isfinite(high) else f" of at least {low:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}{bounds}")
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}{bounds}")
         return value
 
     return parse
@@ -181,7 +182,7 @@ def load_model(path: str, dtype: str = "float32") -> torch.nn.Module:
 
 
 def shard(model: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:
-    """FSDP2: each transformer block a group, then the root (so tied embeddings stay in one). One float32 process: as is."""
+    """FSDP2: each block a group, then the root (tied embeddings stay in one group). One float32 process: as it is."""
     if WORLD == 1 and dtype == "float32":
         return model
     if not dist.is_initialized():  # bf16 on one device: the same mixed-precision policy, on a group of one
@@ -246,7 +247,7 @@ def batch_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
 
 
 class Run:
-    """One training run: --out, its log and checkpoints, the optimiser step. Phases are numbered as `steps` is called."""
+    """One training run: --out, its log and checkpoints, the optimiser step. Each call of `steps` is a phase."""
 
     def __init__(self, args: argparse.Namespace, model: torch.nn.Module, tokenizer: AutoTokenizer) -> None:
         self.args, self.model, self.tokenizer, self.out = args, model, tokenizer, Path(args.out)
@@ -286,7 +287,7 @@ class Run:
             batch = [rows[i] for i in picked]
             mine = batch[RANK::WORLD]
             share = math.ceil(len(batch) / WORLD)
-            empty = {key: [] if isinstance(value, list) else value for key, value in batch[0].items()} | {"x": batch[0]["x"]}
+            empty = {key: value if key in ("id", "x") else [] for key, value in batch[0].items()}
             mine += [empty] * (share - len(mine))
             size = args.micro_batch_size
             micro_batches = [mine[i : i + size] for i in range(0, share, size)]
@@ -300,7 +301,8 @@ class Run:
             if self._log:
                 self._log.write(json.dumps(record) + "\n")
                 self._log.flush()
-            bar.set_postfix({k: f"{record[k]:.3f}" for k in ("loss", *self._terms)} | {"tok/s": f"{tokens / seconds:.0f}"})
+            shown = {name: f"{record[name]:.3f}" for name in ("loss", *self._terms)}
+            bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:.0f}"})
             bar.update()
             last = step + 1 == steps
             if self.stopped or (args.checkpoint_every and (last or (step + 1) % args.checkpoint_every == 0)):
@@ -323,8 +325,8 @@ class Run:
         """Clips, steps and returns what to log. Raises ValueError at a loss or gradient that is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.args.clip or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        sums = all_sum(torch.stack([torch.as_tensor(float(v)) for v in (*self._terms.values(), self.stopped)]).to(self.device))
-        *terms, stopped = sums.tolist()
+        sums = torch.tensor([*map(float, self._terms.values()), float(self.stopped)], device=self.device)
+        *terms, stopped = all_sum(sums).tolist()
         self.stopped = stopped > 0  # all ranks stop at the same step
         if not math.isfinite(norm + sum(terms)):
             ids = ", ".join(str(row.get("id")) for row in batch)
@@ -372,7 +374,7 @@ class Run:
         print0(f"goes on from {self._from} (step {self.total})")
 
     def _load_optimizer(self) -> None:
-        model, optimizer = dcp_state.get_state_dict(self.model, self.optimizer)
+        optimizer = dcp_state.get_optimizer_state_dict(self.model, self.optimizer)
         dcp.load({"optimizer": optimizer}, checkpoint_id=self._from)
         dcp_state.set_optimizer_state_dict(self.model, self.optimizer, optimizer)
 
@@ -385,7 +387,7 @@ class Run:
             self._log.flush()
 
     def finish(self) -> None:
-        """Saves the model as a Hugging Face folder and removes the checkpoints. config.json comes last: it marks the end."""
+        """Saves a Hugging Face folder and removes the checkpoints. config.json, moved in last, marks the end."""
         save_model(self.model, self.tokenizer, self.out)
         barrier()
         if RANK == 0:
@@ -394,7 +396,8 @@ class Run:
 
 
 def start(
-    args: argparse.Namespace, load_examples: Callable[[argparse.Namespace, AutoTokenizer], tuple[datasets.Dataset, list[str]]]
+    args: argparse.Namespace,
+    load_examples: Callable[[argparse.Namespace, AutoTokenizer], tuple[datasets.Dataset, list[str]]],
 ) -> tuple[Run, datasets.Dataset]:
     """Opens --out, then reads tokenizer, examples and model: a mistake in the data shows before the weights are read.
 
@@ -411,8 +414,9 @@ def start(
     model = load_model(args.model, args.dtype)
     tokens = max(max(len(row["x"]), len(row.get("f", []))) + len(row["y"]) for row in examples)
     check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
-    accumulation = math.ceil(math.ceil(min(args.batch_size, len(examples)) / WORLD) / args.micro_batch_size)
-    print0(f"batch {args.batch_size} = {WORLD} processes x {accumulation} micro-batches of up to {args.micro_batch_size} rows")
+    size = min(args.batch_size, len(examples))
+    accumulation = math.ceil(math.ceil(size / WORLD) / args.micro_batch_size)
+    print0(f"batch {size} = {WORLD} processes x {accumulation} micro-batches of up to {args.micro_batch_size} rows")
     return Run(args, model, tokenizer), examples
 
 
@@ -537,5 +541,5 @@ def read_pairs(folder: str, pair: tuple[str, str], tokenizer: AutoTokenizer) -> 
             raise ValueError(f"--pairs {folder}, row {i}: {pair[0]} has {len(a)} tokens, {pair[1]} has {len(b)}")
         top = max(max(row[name], default=0) for name in columns)
         if top >= len(tokenizer):
-            raise ValueError(f"--pairs {folder}, row {i}: token id {top}, but the tokenizer ends at {len(tokenizer) - 1}")
+            raise ValueError(f"--pairs {folder}, row {i}: token id {top}, the tokenizer ends at {len(tokenizer) - 1}")
     return data

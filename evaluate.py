@@ -5,24 +5,24 @@
         --name bash --seed 1
     python evaluate.py table runs/eval/*/results.json --baseline sft-more --out results/toy
 
-`run` writes OUT/results.json and, to look at, `datasets` folders with what the model wrote: OUT/generations-t0 (-t0.1, ...),
-OUT/exposure, OUT/recovery. Interrupted, the same command goes on where it stopped. Its metrics:
+`run` writes OUT/results.json and, to look at, `datasets` folders with what the model wrote: OUT/generations-t0 (-t0.1,
+...), OUT/exposure, OUT/recovery. Interrupted, the same command goes on where it stopped. Its metrics:
 
     accuracy_t0, accuracy_t0.1   share of right answers (Table 3), at temperature 0 and as the mean of --generations
                                  independent generations at others. toy, gsm8k: strict match; math: the last \\boxed{}
-    nll_y, nll_g, exposure_gap   nats per token of y given (x, y^{<j}); given (x, g^{<j}), g the model's own mixed prefix
-                                 of Eq. 4; the second less the first
-    recovery_restated, _final    toy: a wrong result is forced on the model; does it restate the right one, and is its final
-                                 answer right (greedy)
+    nll_y, nll_g, exposure_gap   nats per token of y given (x, y^{<j}); given (x, g^{<j}), g the model's mixed prefix of
+                                 Eq. 4; the second less the first
+    recovery_restated, _final    toy: a wrong result is forced on the model; does it restate the right one, and is its
+                                 final answer right (greedy)
     train_seconds                from the model's log.jsonl and D_s or D_r: the stage that made it, not those before
 
 `table` has one row a --name, mean ± standard error over --seed, and the differences to a baseline seed by seed.
 
 Decisions
 - A missing or malformed answer is wrong. The right one is read from the reference's text, even where y is cut.
-- The ± over generations (in results.json) is the population's, ddof 0, as in the paper's tables: 7.90, 8.45, 7.74 give its
-  8.03 ± 0.30. The one over seeds is sd(ddof=1) / sqrt(n).
-- Exposure and recovery draw the same mask, noise and errors whatever the model and --seed; generations depend on --seed.
+- The ± over generations (in results.json) is the population's, ddof 0, as in the paper's tables: 7.90, 8.45, 7.74 give
+  its 8.03 ± 0.30. The one over seeds is sd(ddof=1) / sqrt(n).
+- Exposure and recovery draw the same mask, noise and errors for every model and --seed; generations depend on --seed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import argparse
 import hashlib
 import json
 import math
-import random
 import re
 import statistics
 from pathlib import Path
@@ -54,7 +53,7 @@ def gsm8k_answer(text: str) -> str | None:
 
 
 def math_answer(text: str) -> str | None:
-    """What stands in the last \\boxed{} or \\fbox{}, or behind `\\boxed `; None where there is none or it never closes."""
+    """What stands in the last \\boxed{} or \\fbox{}, or behind `\\boxed `; None if there is none or it never closes."""
     boxes = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+)", text))
     if not boxes:
         return None
@@ -132,7 +131,7 @@ def paired_difference(a: dict[int, float], b: dict[int, float]) -> tuple[float, 
 def nll(
     model: torch.nn.Module, x: list[list[int]], inputs: list[list[int]], targets: list[list[int]], batch_size: int = 8
 ) -> list[float]:
-    """-sum_j log p(target^j | x, input^{<j}) of each row, in nats. Lists of token ids, each input as long as its target.
+    """-sum_j log p(target^j | x, input^{<j}) of each row, in nats. Lists of token ids, an input as long as its target.
 
     inputs = targets = y is the teacher-forced NLL; inputs = g, targets = y scores y behind the model's own tokens.
     """
@@ -195,42 +194,28 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     return {"nll_y": on_y, "nll_g": on_g, "exposure_gap": on_g - on_y}
 
 
-def inject_error(y: list[str], seed: int) -> tuple[list[str], str] | None:
-    """(y up to one of its results, made wrong; the right result), or None where y has no result.
-
-    >>> inject_error("amy has 25 . buys 15 : 25 + 15 = 40 , now 40 . #### 40".split(), seed)
-    (['amy', 'has', '25', '.', 'buys', '15', ':', '25', '+', '15', '=', '32'], '40')
-    """
-    rng = random.Random(f"injected error {seed}")
-    results = [j for j, word in enumerate(y) if y[j - 1 : j] == ["="] and word in toy.NUMBERS]
-    if not results:
-        return None
-    j = rng.choice(results)
-    return [*y[:j], rng.choice([number for number in toy.NUMBERS if number != y[j]])], y[j]
-
-
-def recovery(args, model, tokenizer, examples: Dataset, references: dict[int, str]) -> dict[str, float]:
-    """toy: after a wrong result, the share of restatements behind `now` and of final answers that are right (greedy)."""
-    forced = {row["id"]: inject_error(tokenizer.convert_ids_to_tokens(row["y"]), row["id"]) for row in examples}
-    examples = [row for row in examples if forced[row["id"]]]
-
-    def make(rows: list[dict]) -> list[dict]:
-        prefixes = [tokenizer.convert_tokens_to_ids(forced[row["id"]][0]) for row in rows]
-        drawn = generate.generate(
-            model, [row["x"] + prefix for row, prefix in zip(rows, prefixes, strict=True)], temperature=0,
-            max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size,
-        )  # fmt: skip
-        made = []
-        for row, prefix, (z,) in zip(rows, prefixes, drawn, strict=True):
-            wrong, right = forced[row["id"]]
-            words = tokenizer.convert_ids_to_tokens(z)
-            final = same(toy.answer(" ".join(wrong + words)), toy.answer(references[row["id"]]))
-            restated = words[:3] == [",", "now", right]
-            made.append({**row, "prefix": prefix, "z": z, "restated": restated, "final": final})
-        return made
-
+def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
+    """toy: after a wrong result, the share of restatements behind `now`, and of final answers, that are right."""
+    if not toy.IDS.keys() <= tokenizer.get_vocab().keys():  # one token a word is what this counts in
+        return {}
+    words = {row["id"]: tokenizer.convert_ids_to_tokens(row["y"]) for row in examples}
+    examples = [row for row in examples if "=" in words[row["id"]] and toy.answer(" ".join(words[row["id"]]))]
     if not examples:
         return {}
+
+    def make(rows: list[dict]) -> list[dict]:
+        prefixes = [toy.inject_error(words[row["id"]], row["id"]) for row in rows]
+        ids = [tokenizer.convert_tokens_to_ids(prefix) for prefix in prefixes]
+        drawn = generate.generate(
+            model, [row["x"] + prefix for row, prefix in zip(rows, ids, strict=True)], temperature=0,
+            max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size,
+        )  # fmt: skip
+        return [
+            {**row, "prefix": ids_i, "z": z}
+            | toy.recovery(words[row["id"]], prefix, tokenizer.convert_ids_to_tokens(z))
+            for row, ids_i, prefix, (z,) in zip(rows, ids, prefixes, drawn, strict=True)
+        ]
+
     rows = ddp.offline(Path(args.out) / "recovery", make, examples, model, tokenizer)
     return {f"recovery_{key}": statistics.fmean(rows[key]) for key in ("restated", "final")}
 
@@ -294,7 +279,7 @@ def run(args: argparse.Namespace) -> None:
         found, details[f"t{t:g}"] = accuracy(args, model, tokenizer, examples, references, t)
         metrics |= found
     if args.task == "toy":
-        metrics |= recovery(args, model, tokenizer, examples, references)
+        metrics |= recovery(args, model, tokenizer, examples)
     metrics |= exposure(args, model, tokenizer, examples)
     seconds = train_seconds(args.model)
     metrics |= {} if seconds is None else {"train_seconds": seconds}
@@ -355,8 +340,8 @@ def read_results(paths: list[str]) -> list[dict]:
 
 
 def summarise(runs: list[dict], baseline: str | None = None) -> dict:
-    """One row a name, in order of first appearance: (mean, s.e.) over seeds of each metric, and of its difference to the
-    baseline's run of the same seed. Raises ValueError where the runs do not belong in one table."""
+    """One row a name, in order of first appearance: (mean, s.e.) over seeds of each metric, and of its difference to
+    the baseline's run of the same seed. Raises ValueError where the runs do not belong in one table."""
     first, rows = runs[0], {}
     for one in runs:
         for key in SAME:
@@ -400,13 +385,12 @@ def markdown(table: dict) -> str:
             cells.append([row["name"].replace("|", "\\|"), *values, str(len(row["seeds"]))])
         return ["| " + " | ".join(line) + " |" for line in cells]
 
-    parts = [
-        f"Task {run['task']}, {run['n']} test examples (set {run['test_set']}); mean ± standard error over seeds. Accuracies "
-        f"in percent (above temperature 0 the mean of {run['generations']} generations), NLL in nats per token of y; g is the "
-        f"model's own mixed prefix of Eq. 4 at β = {run['beta']:g}, Gap the NLL given g less that given y.",
-        "",
-        *lines("Method", table["rows"]),
-    ]
+    caption = (
+        f"Task {run['task']}, {run['n']} test examples (set {run['test_set']}); mean ± standard error over seeds. "
+        f"Accuracies in percent (above temperature 0: of {run['generations']} generations), NLL in nats per token "
+        f"of y; g: the model's own mixed prefix of Eq. 4, β = {run['beta']:g}; Gap: the NLL given g less that given y."
+    )
+    parts = [caption, "", *lines("Method", table["rows"])]
     if table["differences"]:
         head = f"Less {table['baseline']}"
         parts += ["", f"{head} of the same seed (accuracies in percentage points):", ""]

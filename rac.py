@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 rac.py --model runs/sft --task tldr --out runs/rac --lr 3e-6 --warmup 0
     python rac.py --model base --task gsm8k --data train.jsonl --out runs/rac --sft-epochs 2       # Algorithm 2 whole
 
-The model writes its own answer z to x; the same model, shown the reference answer in the prompt f(x, y), says what it
-would have written after each z^{<j}: the label z_bar^j. Where the two differ, the model learns z_bar^j after (x, z^{<j}).
+The model writes its own answer z to x. The same model, shown the reference answer in the prompt f(x, y), says what it
+would write after each z^{<j}: the label z_bar^j. Where they differ, the model learns z_bar^j after (x, z^{<j}).
 
     x  = 3 + 4 =        y = 7 . EOS            f(x, y) = "... question: 3 + 4 = ... reference response: 7 . ..."
     z     =  8  .  EOS  the model's own answer
@@ -24,6 +24,7 @@ Departures from the paper
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ import ddp_utils as ddp
 import generate
 import toy
 from sft import sft_loss, sft_phase
+
+POOR = 0.9  # label precision below which RAC warns: the mask 1(z_bar != z) keeps just the labels in dispute, right or not
 
 
 def rac_loss(
@@ -103,6 +106,20 @@ def describe(d_r: Dataset) -> dict[str, float]:
     }
 
 
+def report(d_r: Dataset, task: str, path: Path) -> None:
+    """Prints and writes what a D_r holds; on the toy task, where the right labels are known, also how good they are."""
+    found = describe(d_r)
+    if task == "toy":
+        found |= toy.label_quality(d_r["y"], d_r["z"], d_r["z_bar"])
+    ddp.print0(f"{path.stem}:", ", ".join(f"{key} {value:.4g}" for key, value in found.items() if value is not None))
+    if found.get("precision") is not None and found["precision"] < POOR:
+        ddp.print0(
+            f"WARNING: only {found['precision']:.0%} of the labels that Eq. 7 keeps are right; the others teach errors"
+        )
+    if ddp.RANK == 0:
+        ddp.write_json(path, found)
+
+
 def main() -> None:
     parser = ddp.parser(__doc__, sorted(data.TASKS))
     parser.add_argument("--iterations", type=ddp.count, default=1, help="H")
@@ -122,9 +139,7 @@ def main() -> None:
             d_r = ddp.read_pairs(args.pairs, ("z", "z_bar"), run.tokenizer)
         else:
             d_r = make_d_r(run, examples, args, iteration)  # lines 8-13
-        ddp.print0(f"D_r_{iteration}:", ", ".join(f"{key} {value:.3f}" for key, value in describe(d_r).items()))
-        if args.task == "toy":
-            toy.report(d_r, run.tokenizer)  # here the right labels are known
+        report(d_r, args.task, run.out / f"D_r_{iteration}.json")
         for batch, micro_batches in run.steps(d_r, args.epochs):  # lines 14-15
             n_y = sum(len(row["y"]) for row in batch)  # tokens of the global batch
             n_z = sum(len(row["z"]) for row in batch)  # masked ones included
@@ -134,7 +149,7 @@ def main() -> None:
                 z_bar, _ = data.pad_responses([row["z_bar"] for row in rows], run.device)
                 logits = data.response_logits(run.model, b_z)
                 terms = {"rac": rac_loss(logits, b_z.y, z_bar, b_z.mask, not args.unmasked)[0] / n_z}  # line 17
-                if args.sft_weight:
+                if args.sft_weight:  # line 16
                     b = data.batch(x, [row["y"] for row in rows], run.device)
                     terms["sft"] = args.sft_weight * sft_loss(data.response_logits(run.model, b), b.y, b.mask)[0] / n_y
                 run.backward(**terms)  # line 18

@@ -1,6 +1,6 @@
 """Scheduled sampling, online: Eq. 3 with the mixed prefix of Eq. 4 drawn from the current weights at every step.
 
-    torchrun --nproc-per-node 8 scs.py --model runs/sft --task tldr --out runs/scs --epochs 1 --lr 3e-6 --warmup 0 --beta 0.2
+    torchrun --nproc-per-node 8 scs.py --model runs/sft --task tldr --out runs/scs --lr 3e-6 --warmup 0 --beta 0.2
 
 This is what BASH approximates offline (Table 7) and the costly side of Tables 8 and 9.
 

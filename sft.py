@@ -24,8 +24,8 @@ import ddp_utils as ddp
 def sft_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 1: -sum_j log p(y^j | x, y^{<j}) and the number of tokens summed over. The caller divides.
 
-    logits: [B, L, V] given y^{<j}, already shifted (logits[:, j] predicts y[:, j]). y: [B, L]. mask: [B, L], 1 on tokens
-    of the response. Returns (loss_sum, n_tokens), float32 scalars.
+    logits: [B, L, V] given y^{<j}, already shifted (logits[:, j] predicts y[:, j]). y: [B, L]. mask: [B, L],
+    1 on tokens of the response. Returns (loss_sum, n_tokens), float32 scalars.
     """
     nll = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)  # [B, L]
     return nll[mask.bool()].sum(), mask.sum().float()

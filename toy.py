@@ -1,85 +1,75 @@
 """The embedded default: a synthetic maths task and the tiny base model for it, built from nothing in minutes.
 
-    python toy.py base   --out out/base [--seed 0]             # train the base model: an ordinary Hugging Face folder
-    python toy.py data   --out out/data [--train 500]          # train.jsonl, valid.jsonl, test.jsonl (prompt, response)
+    python toy.py base   --out out/base [--seed 0]             # trains the base model: an ordinary Hugging Face folder
+    python toy.py data   --out out/data [--train 500]          # train.jsonl, valid.jsonl, test.jsonl: prompt, response
     python toy.py oracle --pairs out/D_r --out out/D_r_oracle  # the same D_r with the right labels: the control row
-    python toy.py bytes  --out out/tiny --text train.jsonl     # a random small model + byte-level tokenizer, for real text
+    python toy.py bytes  --out out/tiny --text train.jsonl     # a random small model + byte-level BPE, for real text
 
-The task: keep count over three or four steps. One word is one token, and so is one integer 0..40.
+The task is to keep count over three or four steps. One word is one token, and so is one integer 0..40.
 
-    x   amy has 25 eggs . amy buys 15 . bob finds 3 . amy gives 9 . how many eggs does amy have ?
-    y   amy has 25 . buys 15 : 25 + 15 = 40 , now 40 . gives 9 : 40 - 9 = 31 , now 31 . #### 31 <eos>
+    x   amy has 25 eggs . first amy buys 15 . bob finds 3 . second amy gives 9 . how many eggs does amy have ?
+    y   amy has 25 . first buys 15 : 25 + 15 = 40 , now 40 . second gives 9 : 40 - 9 = 31 , now 31 . #### 31 <eos>
 
-Errors fall after `=`, and whoever copies them after `now` carries them to the end: this is the exposure gap in small.
+Errors fall after `=`, and whoever copies them after `now` carries them to the end: the exposure gap in small.
 
-What the base is taught, openly: (1) to copy from a reference, (2) the task with the operands 2..9 (the task itself has
-2..15, so fine-tuning has something to teach), (3) to continue f(x, y) (`REFERENCE_TEMPLATE`) after a prefix that holds
-errors, with `oracle_labels` as targets. RAC needs (3), and it does not emerge by itself in half a million parameters.
-In (3) the results are arbitrary numbers, so that it teaches how to read a reference and no arithmetic.
+What the base is taught, openly: (1) sums, and the task itself, with operands 2..9 (the task proper has 2..15, so that
+fine-tuning has something to teach and errors fall); (2) to continue f(x, y) = `REFERENCE_TEMPLATE` after a prefix z that
+holds errors, with `oracle_labels` as targets: coherently with z, not by position. RAC needs (2), and it does not emerge
+by itself in half a million parameters. Most references in (2) hold arbitrary results, so that it teaches how to read a
+reference rather than arithmetic.
 """
 
 import argparse
 import json
-import os
 import random
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-REFERENCE_TEMPLATE = "reference : {y} question : {x}"
+REFERENCE_TEMPLATE = "reference : {y} question : {x}"  # f(x, y); the plain form is x alone
 NAMES = "amy bob cat dan eve fay gus hal ida joe kim leo mia ned".split()
 THINGS = "eggs books coins cups pens hats cards shells stamps apples keys toys nuts balls".split()
 GAINS = "buys wins finds gets picks earns takes makes".split()
 LOSSES = "gives sells loses drops eats sends breaks spends".split()
+ORDINALS = "first second third fourth".split()
 TOP = 40  # the largest number
 NUMBERS = [str(i) for i in range(TOP + 1)]
 WORDS = "<pad> <eos> <unk> . , : ? = + - #### has now how many does have reference question".split()
-WORDS += NAMES + THINGS + GAINS + LOSSES + NUMBERS
+WORDS += ORDINALS + NAMES + THINGS + GAINS + LOSSES + NUMBERS
 IDS = {word: i for i, word in enumerate(WORDS)}
 
 
-# The task
+# ---- the task ----
 
 
-def response(name: str, start: int, steps: list[tuple[str, int, int]]) -> list[str]:
-    """y as tokens; steps are (verb, operand, result)."""
-    words, state = [name, "has", str(start), "."], start
-    for verb, operand, result in steps:
-        sign = "+" if verb in GAINS else "-"
-        words += f"{verb} {operand} : {state} {sign} {operand} = {result} , now {result} .".split()
-        state = result
-    return words + ["####", str(state)]
+def add(a: int | str, sign: str, b: int | str) -> int:
+    return int(a) + int(b) if sign == "+" else int(a) - int(b)
 
 
 def problem(rng: random.Random, operands=(2, 15), n_steps=(3, 4), arbitrary=False) -> tuple[list[str], list[str]]:
-    """(x, y) as tokens. `arbitrary` draws the results at random: an answer that can be read but not calculated."""
+    """(x, y) as words. `arbitrary` draws the results at random: an answer that can be read but not calculated."""
     name, other = rng.sample(NAMES, 2)
-    thing, k = rng.choice(THINGS), rng.randint(*n_steps)
-    verbs, state = rng.sample(GAINS + LOSSES, k + 1), rng.randint(0, TOP)  # distinct: a verb names its step
-    start, steps = state, []
-    for i in range(k):
+    thing, state = rng.choice(THINGS), rng.randint(0, TOP)
+    gains, losses = rng.sample(GAINS, len(GAINS)), rng.sample(LOSSES, len(LOSSES))
+    x, y = [f"{name} has {state} {thing} ."], [f"{name} has {state} ."]
+    for ordinal in ORDINALS[: rng.randint(*n_steps)]:
         operand = rng.randint(*operands)
-        if arbitrary:
-            state = rng.randint(0, TOP)
-        else:  # a step that would leave 0..TOP gets a verb of the other sign
-            sign = 1 if verbs[i] in GAINS else -1
-            if not 0 <= state + sign * operand <= TOP:
-                sign = -sign
-                unused = [v for v in (GAINS if sign > 0 else LOSSES) if v not in verbs]
-                verbs[i] = rng.choice(unused)
-            state += sign * operand
-        steps.append((verbs[i], operand, state))
-    sentences = [f"{name} {verb} {operand} ." for verb, operand, _ in steps]
+        sign = rng.choice([sign for sign in "+-" if 0 <= add(state, sign, operand) <= TOP])
+        verb = (gains if sign == "+" else losses).pop()
+        result = rng.randint(0, TOP) if arbitrary else add(state, sign, operand)
+        x.append(f"{ordinal} {name} {verb} {operand} .")
+        y.append(f"{ordinal} {verb} {operand} : {state} {sign} {operand} = {result} , now {result} .")
+        state = result
     if rng.random() < 0.5:  # a sentence about somebody else, to be left out
-        sentences.insert(rng.randint(0, k), f"{other} {verbs[k]} {rng.randint(*operands)} .")
-    x = f"{name} has {start} {thing} . {' '.join(sentences)} how many {thing} does {name} have ?"
-    return x.split(), response(name, start, steps)
+        x.insert(rng.randint(1, len(x)), f"{other} {gains.pop()} {rng.randint(*operands)} .")
+    return " ".join(x + [f"how many {thing} does {name} have ?"]).split(), " ".join(y + [f"#### {state}"]).split()
 
 
 def problems(n: int, seed: int | str, operands=(2, 15), n_steps=(3, 4), exclude=()) -> list[dict]:
-    """n different problems, as {"prompt": x, "response": y}; none whose prompt is in `exclude`."""
+    """n different problems as {"prompt": x, "response": y}, none of whose prompts is in `exclude`."""
     rng, rows, seen = random.Random(f"problems {seed}"), [], set(exclude)
     while len(rows) < n:
         x, y = (" ".join(words) for words in problem(rng, operands, n_steps))
@@ -90,7 +80,7 @@ def problems(n: int, seed: int | str, operands=(2, 15), n_steps=(3, 4), exclude=
 
 
 def splits(train=500, valid=300, test=400, seed=0) -> dict[str, list[dict]]:
-    """The three sets, disjoint by prompt. Settings are chosen on valid, tables are made on test."""
+    """The three sets, disjoint by prompt. Settings are chosen on valid; tables are made on test."""
     out, seen = {}, set()
     for split, n in (("test", test), ("valid", valid), ("train", train)):
         out[split] = problems(n, f"{split} {seed}", exclude=seen)
@@ -106,169 +96,288 @@ def answer(text: str) -> str | None:
 
 def tokenizer():
     """One word, one token. No BOS is put before a text; every response ends with <eos>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     tok = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tok.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<eos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
+    special = {"bos_token": "<eos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tok, **special)
 
 
-def words(tokens: list) -> list[str]:
-    """Token ids or token strings -> token strings."""
-    return [WORDS[t] if isinstance(t, int) else t for t in tokens]
+def to_words(tokens: list) -> list[str]:
+    """Token ids, or words already -> words."""
+    return [WORDS[token] if isinstance(token, int) else token for token in tokens]
 
 
-# The right labels
-
-
-MODE = os.environ.get("TOY_MODE", "B")
+# ---- the right labels ----
 
 
 def oracle_labels(y: list, z: list) -> list:
-    """What a perfect corrector that has read y writes at each position of z, given z^{<j}. Ids in, ids out (or strings).
+    """The right label for every position of z: what a perfect corrector that has read y writes there, given z^{<j}.
+
+    Sentences are matched by their first word (`amy`, `first`, …, `####`), so a sentence of z that is left out, told
+    twice or out of order is still compared with its own counterpart in y. Within a sentence the label is y's word at
+    that place, however wrong the numbers before it are; with one exception: after `=`, where z's operands are not y's,
+    it is what z's own sum comes to (39 - 9 = 30 and not y's 31: a label must agree with its context, unlike Fig. 6).
+    At the head of a sentence the label is y's next one. Once a sentence of z leaves the form of y's (other words, not
+    just other numbers) nothing right can be said before the next `.`: the label is z's own token, that is, masked.
+
+        y       first buys 15 : 25 + 15 = 40 , now 40 . second gives 9 : 40 - 9 = 31 , now 31 . #### 31 <eos>
+        z       first buys 15 : 25 + 15 = 39 , now 39 . second gives 9 : 39 - 9 = 30 , now 30 . #### 30 <eos>
+        labels  first buys 15 : 25 + 15 = 40 , now 40 . second gives 9 : 40 - 9 = 30 , now 31 . #### 31 <eos>
+
+    Takes and gives token ids or words; as long as z.
     """
-    as_ids = bool(z) and isinstance(z[0], int)
-    y, z = words(y), words(z)
-    y = y if y[-1] == "<eos>" else y + ["<eos>"]
-    parts = [[]]  # y cut after each `.`: its opening, its steps, its end
-    for word in y:
-        parts[-1].append(word)
-        if word == ".":
-            parts.append([])
-    place = {part[0]: i for i, part in enumerate(parts)}
-    labels, last, part, sentence = [], -1, None, []
-    value = None  # C
+    as_ids, y, z = bool(z) and isinstance(z[0], int), to_words(y), to_words(z)
+    sentences = sentences_of(y if y[-1] == "<eos>" else y + ["<eos>"])
+    number = {sentence[0]: i for i, sentence in enumerate(sentences)}
+    labels, done, right, written = [], -1, None, []  # right: y's sentence; written: z's so far
     for word in z:
-        if not sentence:  # a sentence begins: y's next one
-            label = parts[min(last + 1, len(parts) - 1)][0]
-            last = place.get(word, last)
-            part = parts[last] if word in place else None
+        k = len(written)
+        if k == 0:
+            label = sentences[min(done + 1, len(sentences) - 1)][0]
+            done = number.get(word, done)
+            right = sentences[done] if word in number else None
+        elif right is None:
+            label = word
         else:
-            k = len(sentence)
-            label = part[k] if part and k < len(part) else word
-            if MODE in "BC" and sentence[-1] == "=" and part and sentence != part[:k]:
-                a, sign, b = sentence[-4:-1]
-                c = int(a) + int(b) if sign == "+" else int(a) - int(b)
-                label = str(c) if 0 <= c <= TOP else word
-            if MODE == "C" and part and sentence != part[:k] and sentence[-1] == "now":
-                a, sign, b = sentence[3:6]
-                c = int(a) + int(b) if sign == "+" else int(a) - int(b)
-                label = str(c) if 0 <= c <= TOP else word
-            if MODE == "C" and part and k == 3 and sentence[-1] == ":" and value is not None:
-                label = value
-            if MODE == "C" and sentence[-1] == "####":
-                label = value
-            if part and word != label and not (word in NUMBERS and label in NUMBERS):
-                part = None  # another form than y's: nothing right can be said before the next sentence
-            if sentence[-1] in ("now", "has"):
-                value = word
+            label = right[k]
+            if right[k - 1] == "=" and written != right[:k]:
+                total = add(*written[-4:-1])
+                label = str(total) if 0 <= total <= TOP else word
+            if word != right[k] and not (word in NUMBERS and right[k] in NUMBERS):
+                right = None  # another form than y's
         labels.append(label)
-        sentence = [] if word == "." else sentence + [word]
+        written = [] if word == "." else written + [word]
+        if right is not None and len(written) == len(right):
+            right = None  # only after y's <eos>
     return [IDS[label] for label in labels] if as_ids else labels
 
 
-def corrupt(y: list[str], x: list[str], rng: random.Random, rate: float) -> list[str]:
-    """A z such as a weak model writes: wrong numbers that are carried on, a sentence left out, told twice or invented."""
-    z, wrong, sentence = [], {}, []
-    parts = [p.split() + ["."] for p in " ".join(y).split(" .")]
-    parts[-1].pop()
-    if rng.random() < 0.3:
-        i = rng.randrange(1, len(parts) - 1)
-        how = rng.randrange(3)
-        if how == 0 and len(parts) > 3:
-            parts.pop(i)
-        elif how == 1:
-            parts.insert(i, parts[rng.randrange(1, len(parts) - 1)])
-        else:
-            extra = parts[i][:]
-            extra[0] = rng.choice([v for v in GAINS + LOSSES if v not in y])
-            parts.insert(i + rng.randrange(2), extra)
-    state = None
-    for part in parts:
-        for k, word in enumerate(part):
-            if word in NUMBERS:
-                new = word
-                if k > 0 and part[k - 1] in ("now", "####") or k > 1 and part[k - 1] == ":":
-                    new = state if state is not None and rng.random() < 0.8 else word  # copies its own last value
-                elif z and z[-1] == "=" and int(z[-2]) >= 0:
-                    c = int(z[-4]) + int(z[-2]) * (1 if z[-3] == "+" else -1)
-                    if z[-4:] != part[k - 4 : k] and 0 <= c <= TOP and rng.random() < 0.7:
-                        new = str(c)
-                if rng.random() < rate:
-                    new = rng.choice(NUMBERS)
-                if k > 0 and part[k - 1] in ("now", "has", "="):
-                    state = new
-                z.append(new)
-            else:
-                z.append(word)
+def sentences_of(words: list[str]) -> list[list[str]]:
+    """Words cut after each `.`"""
+    out = [[]]
+    for word in words:
+        out[-1].append(word)
+        if word == ".":
+            out.append([])
+    return out if out[-1] else out[:-1]
+
+
+def label_quality(y_rows: list, z_rows: list, z_bar_rows: list) -> dict:
+    """How good labels z_bar are, on rows of token ids or words (all positions of z count, EOS included).
+
+    `unmasked`: share of positions with z_bar != z; `precision`: the share of those where z_bar is right, None if there
+    are none; `recall`: the share of the positions where z is wrong that z_bar puts right; `wrong_early`: unmasked labels
+    before (or in place of) the first error of their row, each of them wrong; `n`: positions.
+    """
+    n = unmasked = right = errors = wrong_early = 0
+    for y, z, z_bar in zip(y_rows, z_rows, z_bar_rows, strict=True):
+        clean = True
+        for z_j, label, truth in zip(z, z_bar, oracle_labels(y, z), strict=True):
+            clean = clean and z_j == truth
+            n += 1
+            errors += z_j != truth
+            unmasked += label != z_j
+            right += label != z_j and label == truth
+            wrong_early += clean and label != z_j
+    return {
+        "unmasked": unmasked / max(n, 1),
+        "precision": right / unmasked if unmasked else None,
+        "recall": right / errors if errors else None,
+        "wrong_early": wrong_early,
+        "n": n,
+    }
+
+
+def oracle(rows):
+    """D_r (columns x, y, z, z_bar of token ids, and any others) with the right labels in place of z_bar."""
+    return rows.map(lambda row: {"z_bar": oracle_labels(row["y"], row["z"])}, load_from_cache_file=False)
+
+
+# ---- recovery from an injected error ----
+
+
+def inject_error(y: list, seed: int | str) -> list:
+    """y up to and with one wrong result, put after an `=` of y's at random: a teacher-forced prefix. Ids or words."""
+    rng, words = random.Random(f"inject {seed}"), to_words(y)
+    j = rng.choice([j for j, word in enumerate(words) if word == "="]) + 1
+    wrong = rng.choice([number for number in NUMBERS if number != words[j]])
+    return y[:j] + [IDS[wrong] if isinstance(y[0], int) else wrong]
+
+
+def recovery(y: list, prefix: list, continuation: list) -> dict[str, bool]:
+    """Did the continuation of an `inject_error` prefix restate the right value at once; was its final answer right?"""
+    y, continuation = to_words(y), to_words(continuation)
+    value = y[len(prefix) - 1]  # the result that was replaced
+    final = answer(" ".join(continuation))
+    return {"restated": continuation[:3] == [",", "now", value], "final": final == answer(" ".join(y))}
+
+
+# ---- the base model ----
+
+
+def flawed(y: list[str], rng: random.Random) -> list[str]:
+    """A z such as a weak model writes: wrong numbers, carried on; a sentence left out, or one told again too soon."""
+    sentences, rate = sentences_of(y), rng.choice([0, 0.03, 0.1, 0.3])
+    if rng.random() < 0.2:
+        i, j = rng.randrange(1, len(sentences)), rng.randrange(1, len(sentences))
+        sentences[i:i] = sentences[j : j + 1] if rng.random() < 0.5 and j < len(sentences) - 1 else []
+        del sentences[i if len(sentences) > 3 and i < len(sentences) - 1 and rng.random() < 0.5 else len(sentences) :]
+    z, state = [], None
+    for word in (word for sentence in sentences for word in sentence):
+        before = z[-1] if z else None
+        if word in NUMBERS:
+            if before == "=" and 0 <= add(*z[-4:-1]) <= TOP and rng.random() < 0.5:
+                word = str(add(*z[-4:-1]))
+            elif before in (":", "now", "####") and rng.random() < 0.8:
+                word = state
+            if rng.random() < rate:
+                word = rng.choice(NUMBERS)
+            if before in ("has", "=", "now"):
+                state = word
+        z.append(word)
     return z
 
 
-# The base model
+def document(kind: str, most: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    """One training document -> (tokens, targets) of equal length; targets[j] follows tokens[:j+1], -100: not learnt.
 
-
-def document(rng: random.Random, kind: str, top: int) -> tuple[list[int], list[int]]:
-    """(tokens, targets), both of one length, targets[j] for the token after tokens[j], -100 where nothing is learnt."""
-    if kind == "copy":
-        y = rng.sample(WORDS[3:], rng.randint(4, 16))
-        x = rng.sample(WORDS[3:], rng.randint(2, 8))
-        z = labels = y + ["<eos>"]
+    sums        ten sums with operands 2..9, the results learnt
+    plain       x y, with operands 2..9 and up to `most` steps, y learnt
+    reference   f(x, y) z, z with errors, the oracle's labels learnt (no sums with operands over 9, though)
+    """
+    if kind == "sums":
+        words = []
+        while len(words) < 60:
+            a, sign, b = rng.randint(0, TOP), rng.choice("+-"), rng.randint(2, 9)
+            if 0 <= add(a, sign, b) <= TOP:
+                words += f"{a} {sign} {b} = {add(a, sign, b)} .".split()
+        prompt, z, targets = [], words, [word if j % 6 == 4 else None for j, word in enumerate(words)]
     elif kind == "plain":
-        x, z = problem(rng, (2, 9), (1, top))
-        z = labels = z + ["<eos>"]
-        y = None
+        prompt, z = problem(rng, (2, 9), (1, most))
+        z = targets = z + ["<eos>"]
     else:
-        x, y = problem(rng, (2, 15), (1, top), arbitrary=True) if rng.random() < 0.7 else problem(rng, (2, 9), (1, top))
-        z = corrupt(y, x, rng, rng.choice([0, 0.03, 0.1, 0.3])) + ["<eos>"]
-        labels = oracle_labels(y, z)
-    prompt = x if y is None else REFERENCE_TEMPLATE.format(x=" ".join(x), y=" ".join(y)).split()
-    tokens = [IDS[w] for w in prompt + z]
-    return tokens[:-1], [-100] * (len(prompt) - 1) + [IDS[w] for w in labels]
+        arbitrary = rng.random() < 0.7
+        x, y = problem(rng, (2, 15) if arbitrary else (2, 9), (1, most), arbitrary)
+        prompt, z = REFERENCE_TEMPLATE.format(x=" ".join(x), y=" ".join(y)).split(), flawed(y, rng) + ["<eos>"]
+        targets = oracle_labels(y, z)
+        for j in range(2, len(z)):
+            if z[j - 1] == "=" and z[j - 2] not in NUMBERS[:10] and targets[j] not in y:
+                targets[j] = None
+    targets = [None] * len(prompt) + targets
+    return [IDS[word] for word in prompt + z][:-1], [-100 if word is None else IDS[word] for word in targets][1:]
 
 
-def collate(rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> tokens, targets [B, L]"""
-    n = max(len(tokens) for tokens, _ in rows)
-    tokens = torch.tensor([t + [0] * (n - len(t)) for t, _ in rows])
-    return tokens, torch.tensor([t + [-100] * (n - len(t)) for _, t in rows])
-
-
-def new_model(vocab: int, layers: int, width: int, positions: int, seed: int):
+def new_model(vocab: int, layers=4, width=96, positions=512, **special_ids):
+    """A randomly initialised GPT-NeoX. In so small a model, reading a reference needs these two unusual settings."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    torch.manual_seed(seed)
-    return GPTNeoXForCausalLM(GPTNeoXConfig(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
-        intermediate_size=4 * width, max_position_embeddings=positions, tie_word_embeddings=True,
-        initializer_range=0.1, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        bos_token_id=1, eos_token_id=1, pad_token_id=0,
-    ))  # fmt: skip
+    config = GPTNeoXConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        **special_ids,
+    )
+    return GPTNeoXForCausalLM(config)
 
 
-def train_base(seed: int, steps: int, lr=2e-3, batch=32):
-    rng, model = random.Random(f"base {seed}"), new_model(len(WORDS), 4, 96, 512, seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
-    bar = tqdm(range(steps), desc="base", mininterval=1)
-    losses = {}
+def train_base(model, steps: int, seed: int, batch_size=32):
+    """Sums first; then the task and references to it in turn, with more and more steps. Muon, AdamW for the rest."""
+    rng = random.Random(f"base {seed}")
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
+    adamw = torch.optim.AdamW(others, lr=3e-3, weight_decay=0.0)
+    losses, bar = {}, tqdm(range(steps), desc="base", mininterval=1)
     for step in bar:
         t = step / steps
-        kind = "copy" if t < 0.15 and step % 2 else "plain" if step % 2 else "reference"
-        if t < 0.1:
-            kind = "copy"
-        top = 1 if t < 0.25 else 2 if t < 0.6 else 4
-        tokens, targets = collate([document(rng, kind, top) for _ in range(batch)])
+        kind = "sums" if t < 0.15 or step % 8 == 7 else ("plain", "reference")[step % 2]
+        rows = [document(kind, 1 if t < 0.2 else 2 if t < 0.4 else 4, rng) for _ in range(batch_size)]
+        longest = max(len(tokens) for tokens, _ in rows)
+        tokens = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in rows])  # [B, L]
+        targets = torch.tensor([targets + [-100] * (longest - len(targets)) for _, targets in rows])  # [B, L]
         loss = F.cross_entropy(model(tokens, use_cache=False).logits.flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50, (1 - t) * 4 + 0.02)
-        optimiser.step()
-        optimiser.zero_grad()
+        for optimiser, lr in ((muon, 0.02), (adamw, 3e-3)):
+            optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / 30, 2 * (1 - t) + 0.02)
+            optimiser.step()
+            optimiser.zero_grad()
         losses[kind] = 0.9 * losses.get(kind, loss.item()) + 0.1 * loss.item()
-        bar.set_postfix({k: f"{v:.3f}" for k, v in losses.items()}, refresh=False)
-        if os.environ.get("TOY_V") and step % 100 == 99:
-            print(step, {k: f"{v:.3f}" for k, v in losses.items()}, flush=True)
+        bar.set_postfix({kind: f"{value:.3f}" for kind, value in losses.items()}, refresh=False)
     return model.eval()
+
+
+# ---- real text ----
+
+
+def text_columns(files: list[str]):
+    """Every string of every row of .jsonl files."""
+    for file in files:
+        for line in Path(file).read_text().splitlines():
+            row = json.loads(line)
+            for value in row.values():
+                yield from (part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str))
+
+
+def byte_tokenizer(files: list[str], vocab: int):
+    """A byte-level BPE: all 256 bytes are in its alphabet, so that no text is unknown to it. pad is eos."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tok = ByteLevelBPETokenizer()
+    tok.train_from_iterator(text_columns(files), vocab_size=vocab, special_tokens=["<eos>"], show_progress=False)
+    special = {"bos_token": "<eos>", "eos_token": "<eos>", "pad_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tok._tokenizer, **special)
+
+
+# ---- the commands ----
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    base, data, pairs, text = (commands.add_parser(name) for name in ("base", "data", "oracle", "bytes"))
+    for command in (base, data, pairs, text):
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--seed", type=int, default=0)
+    base.add_argument("--steps", type=int, default=1000)
+    for split, n in (("train", 500), ("valid", 300), ("test", 400)):
+        data.add_argument(f"--{split}", type=int, default=n)
+    pairs.add_argument("--pairs", required=True, help="a `datasets` folder with columns x, y, z, z_bar")
+    text.add_argument("--text", nargs="+", required=True, help=".jsonl files")
+    text.add_argument("--vocab", type=int, default=2048)
+    text.add_argument("--layers", type=int, default=4)
+    text.add_argument("--width", type=int, default=128)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    if args.command == "data":
+        args.out.mkdir(parents=True, exist_ok=True)
+        for split, rows in splits(args.train, args.valid, args.test, args.seed).items():
+            (args.out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif args.command == "oracle":
+        from datasets import load_from_disk
+
+        oracle(load_from_disk(args.pairs)).save_to_disk(args.out)
+    else:
+        tok = tokenizer() if args.command == "base" else byte_tokenizer(args.text, args.vocab)
+        special_ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if args.command == "base":
+            model = train_base(new_model(len(tok), **special_ids), args.steps, args.seed)
+        else:
+            model = new_model(len(tok), args.layers, args.width, 2048, **special_ids)
+        model.save_pretrained(args.out)
+        tok.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,8 +18,9 @@ def main() -> None:
     for arch in tiny.ARCHS:
         for stage in (sft, scs, bash, rac):
             out = f"{world}/{name}-{arch}-{stage.__name__}"
-            flags = f"--model {world}/{arch} --task toy --data {world}/train.jsonl --out {out} --epochs 2 --batch-size 6"
-            flags += " --lr 1e-4 --clip 0.5 --max-prompt 40 --max-response 24 --checkpoint-every 0"  # AdamW turns noise into steps of lr
+            flags = f"--model {world}/{arch} --task toy --data {world}/train.jsonl --out {out} --epochs 2"
+            flags += " --batch-size 6 --clip 0.5 --max-prompt 40 --max-response 24 --checkpoint-every 0"
+            flags += " --lr 1e-4"  # AdamW steps by about lr where a gradient is rounding noise (attention's key bias)
             sys.argv = [f"{stage.__name__}.py", *flags.split(), *extra]
             if stage is rac:
                 sys.argv += ["--temperature", "0.7", "--task", "ultrachat", "--columns", "response=response"]

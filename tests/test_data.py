@@ -40,9 +40,9 @@ def write(path, rows):
 # ------------------------------------------------------------------------------------------------ templates
 QA = {"prompt": "Why?", "response": "Because."}
 RAC_CHAT = (
-    "<|system|>\nYou are a helpful assistant to answer user's question. Your will be given both a question and reference "
-    "response. You need to give a new response to the question and contain the main content in the reference response."
-    "</s>\n<|user|>\nWhy?\nAnswer this question based on the following reference response: Because.</s>\n<|assistant|>\n"
+    "<|system|>\nYou are a helpful assistant to answer user's question. Your will be given both a question and "
+    "reference response. You need to give a new response to the question and contain the main content in the "
+    "reference response.</s>\n<|user|>\nWhy?\nAnswer this question based on the following reference response: Because.</s>\n<|assistant|>\n"
 )
 
 
@@ -145,7 +145,8 @@ def test_columns_can_be_mapped_and_joined(tokenizer, tmp_path):
 
 
 def test_a_dialogue_gives_its_first_answer(tmp_path):
-    turns = [{"role": r, "content": c} for r, c in [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]]
+    roles = ["user", "assistant", "user", "assistant"]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, "qarb")]
     path = write(tmp_path / "d.jsonl", [{"prompt": "q", "messages": turns}])
     assert data.load_rows("ultrachat", path)[0]["response"] == "a"
 
@@ -247,7 +248,14 @@ def test_other_bad_input(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="no EOS token"):
         data.examples("toy", byte_tokenizer(), data=good)
     with pytest.raises(ValueError, match="no example is left: 1 rows left out: x over 1 tokens"):
-        data.examples("toy", tokenizer, data=write(tmp_path / "l.jsonl", [{"prompt": "a b c", "response": "d"}]), max_prompt=1)
+        long = write(tmp_path / "long.jsonl", [{"prompt": "a b c", "response": "d"}])
+        data.examples("toy", tokenizer, data=long, max_prompt=1)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="could not be loaded"):
         data.load_rows("gsm8k", "nobody/no-such-set")
+
+
+def test_the_toy_base_is_taught_the_template_that_rac_uses():
+    import toy
+
+    assert data.TOY_F == toy.REFERENCE_TEMPLATE

@@ -9,12 +9,13 @@ from argparse import Namespace
 from pathlib import Path
 
 import datasets
-import ddp_utils
-import evaluate
 import numpy as np
 import pytest
-import tiny
 import torch
+
+import ddp_utils
+import evaluate
+import tiny
 import toy
 
 ROOT = Path(__file__).parent.parent
@@ -164,9 +165,8 @@ def toy_set():
 
 
 def arguments(out, **kw) -> Namespace:
-    return Namespace(
-        **dict(task="toy", out=str(out), max_response=64, generations=2, seed=1, batch_size=8, beta=0.2) | kw
-    )
+    flags = {"task": "toy", "out": str(out), "max_response": 64, "generations": 2, "seed": 1, "batch_size": 8}
+    return Namespace(**flags | {"beta": 0.2} | kw)
 
 
 def test_exposure(toy_set, tmp_path):
@@ -184,19 +184,6 @@ def test_exposure(toy_set, tmp_path):
     )
 
 
-def test_inject_error():
-    for seed in range(20):
-        prefix, right = evaluate.inject_error(Y.split(), seed)
-        k = len(prefix) - 1
-        assert prefix[:k] == Y.split()[:k]
-        assert prefix[k - 1] == "="
-        assert right == Y.split()[k] in ("40", "31")
-        assert prefix[k] != right
-        assert prefix[k] in toy.NUMBERS
-    assert evaluate.inject_error("amy has 25 . #### 25".split(), 0) is None
-    assert evaluate.inject_error([], 0) is None
-
-
 def scripted(monkeypatch, write):
     """generate.generate replaced: `write(prompt)` gives the samples of a prompt."""
     monkeypatch.setattr(evaluate.generate, "generate", lambda model, prompts, **kw: [write(p, kw) for p in prompts])
@@ -208,23 +195,30 @@ def test_recovery_by_hand(toy_set, tmp_path, monkeypatch):
 
     def write(prompt, kw):
         row = tokenizer.convert_ids_to_tokens(prompt)[2]
-        prefix, right = evaluate.inject_error(Y.split(), int(row))
+        prefix = toy.inject_error(Y.split(), int(row))
         assert tokenizer.convert_ids_to_tokens(prompt)[-len(prefix) :] == prefix
+        right = Y.split()[len(prefix) - 1]
         text = {"0": f", now {right} . #### 31", "1": f", now {right} . #### 7", "2": ", now 1 . #### 31", "3": "eggs"}[
             row
         ]
         return [tokenizer(text)["input_ids"] + [1]]
 
     scripted(monkeypatch, write)
-    found = evaluate.recovery(arguments(tmp_path), tiny.model("gpt_neox"), tokenizer, rows, references)
+    found = evaluate.recovery(arguments(tmp_path), tiny.model("gpt_neox"), tokenizer, rows)
     assert found == {"recovery_restated": 0.5, "recovery_final": 0.5}
 
 
-def test_recovery_without_any_result(toy_set, tmp_path, monkeypatch):
-    tokenizer, rows, references = toy_set
+def test_recovery_counts_only_whole_toy_responses(toy_set, tmp_path, monkeypatch):
+    """Not those that --max-response cut, not those without a result, and nothing of another tokenizer's."""
+    tokenizer, rows, _ = toy_set
+    lm = tiny.model("gpt_neox")
     scripted(monkeypatch, lambda prompt, kw: [[1]])
-    rows = rows.map(lambda row: {"y": [5, 1]})
-    assert evaluate.recovery(arguments(tmp_path), tiny.model("gpt_neox"), tokenizer, rows, references) == {}
+    assert evaluate.recovery(arguments(tmp_path / "a"), lm, tiny.word_tokenizer(), rows) == {}
+    cut = rows.map(lambda row: {"y": row["y"][:11]})  # ends with `=`
+    assert evaluate.recovery(arguments(tmp_path / "b"), lm, tokenizer, cut) == {}
+    mixed = rows.map(lambda row: {"y": row["y"] if row["id"] else row["y"][:5]})
+    evaluate.recovery(arguments(tmp_path / "c"), lm, tokenizer, mixed)
+    assert datasets.load_from_disk(str(tmp_path / "c" / "recovery"))["id"][:] == [1, 2, 3]
 
 
 def test_accuracy_by_hand(toy_set, tmp_path, monkeypatch):
@@ -360,11 +354,11 @@ def call(folder, monkeypatch, *more) -> None:
     evaluate.main()
 
 
-def test_command(folder):
-    flags = f"run --model model --task toy --data test.jsonl --out {folder}/out --name bash --seed 1 --generations 2"
-    command = [sys.executable, str(ROOT / "evaluate.py"), *flags.split()]
+def test_command(folder, monkeypatch, capsys):
+    flags = f"run --model {folder}/model --task toy --data {folder}/test.jsonl --name bash --seed 1 --out {folder}/out"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    first = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "evaluate.py"), *flags.split()]
+    first = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr
     assert "bash, seed 1, 8 examples: Greedy (%) " in first.stderr
     results = json.loads((folder / "out" / "results.json").read_text())
@@ -376,10 +370,12 @@ def test_command(folder):
     assert results["left_out"] == 0
     made = datasets.load_from_disk(str(folder / "out" / "generations-t0.1"))
     assert {"id", "x", "y", "z", "text"} == set(made.column_names)
-    assert [len(z) for z in made["z"]] == [2] * 8
-    again = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert again.returncode == 0
-    assert again.stderr.strip().endswith("results.json: already done")
+    assert [len(z) for z in made["z"]] == [3] * 8
+    call(folder, monkeypatch, "--out", f"{folder}/out")
+    assert capsys.readouterr().err.strip() == f"{folder}/out/results.json: already done"
+    assert json.loads((folder / "out" / "results.json").read_text()) == results
+    with pytest.raises(ValueError, match=r"another evaluation \(--beta 0.2 -> 0.5\)"):
+        call(folder, monkeypatch, "--out", f"{folder}/out", "--beta", "0.5")
 
 
 def test_resumes(folder, tmp_path, monkeypatch):

@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
-from tiny import ARCHS, model
 
 from generate import draw, generate, gumbel, noise_keys
+from tiny import ARCHS, model
 
 torch.set_num_threads(1)
 V = 64

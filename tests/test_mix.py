@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from test_generate import V, chi_square_ok, next_logits, ragged
-from tiny import ARCHS, model
 
 from generate import coins, draw, generate, mix, noise_keys
+from test_generate import V, chi_square_ok, next_logits, ragged
+from tiny import ARCHS, model
 
 torch.set_num_threads(1)
 METHODS = ("token", "parallel", "segment")

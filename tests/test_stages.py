@@ -140,7 +140,7 @@ def test_pairs_made_elsewhere_are_read_in(base, tmp_path, monkeypatch):
     read = run(monkeypatch, "rac", base, tmp_path / "read", "--pairs", str(made / "D_r_1"))
     assert [r["loss"] for r in read_log(made)] == [r["loss"] for r in read_log(read)]
     assert not (read / "D_r_1").exists()
-    foreign = datasets.load_from_disk(str(made / "D_r_1")).select_columns(["x", "y", "z", "z_bar"])  # no id, no source.json
+    foreign = datasets.load_from_disk(str(made / "D_r_1")).select_columns(["x", "y", "z", "z_bar"])
     foreign.save_to_disk(str(tmp_path / "foreign"))
     again = run(monkeypatch, "rac", base, tmp_path / "again", "--pairs", str(tmp_path / "foreign"))
     assert [r["loss"] for r in read_log(again)] == [r["loss"] for r in read_log(made)]
@@ -196,7 +196,8 @@ def test_a_model_that_does_not_fit(base, tmp_path, monkeypatch, capsys):
     assert "the model has 8 positions" in line and "--max-prompt" in line
     line = fails(monkeypatch, capsys, "sft", base, tmp_path / "o2", model=tmp_path / "small")
     assert "model and tokenizer do not belong together" in line
-    assert "no tokenizer could be loaded" in fails(monkeypatch, capsys, "sft", base, tmp_path / "o3", model=tmp_path / "bare")
+    line = fails(monkeypatch, capsys, "sft", base, tmp_path / "o3", model=tmp_path / "bare")
+    assert "no tokenizer could be loaded" in line
     no_eos = tiny.word_tokenizer()
     no_eos.eos_token = None
     tiny.model("llama").save_pretrained(tmp_path / "endless")

@@ -1,4 +1,4 @@
-"""The loop's machinery: schedule, data order, exact normalisation, ranks, interruption. Real processes under torchrun."""
+"""The loop's machinery: schedule, data order, exact normalisation, ranks, interruption; real processes."""
 
 import json
 import math
@@ -84,7 +84,8 @@ def test_learning_rate():
 @pytest.mark.parametrize("n, size", [(10, 3), (12, 4), (2, 8), (1, 1)])
 def test_every_epoch_is_a_permutation(n, size):
     per_epoch = math.ceil(n / size)
-    epochs = [[i for k in range(per_epoch) for i in ddp.batch_rows(n, e * per_epoch + k, size, seed=1)] for e in range(3)]
+    batches = [ddp.batch_rows(n, step, size, seed=1) for step in range(3 * per_epoch)]
+    epochs = [sum(batches[e * per_epoch : (e + 1) * per_epoch], []) for e in range(3)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert n < 10 or epochs[0] != epochs[1]
 
@@ -109,7 +110,7 @@ def test_two_ranks_equal_one(everyone, arch, stage):
     one, two = everyone / f"one-{arch}-{stage}", everyone / f"two-{arch}-{stage}"
     assert len(log(one)) == len(log(two)) >= 4
     for a, b in zip(log(one), log(two), strict=True):
-        assert {k: a[k] for k in ("loss", "grad_norm")} == pytest.approx({k: b[k] for k in ("loss", "grad_norm")}, rel=1e-5)
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-5)
     assert largest_difference(one, two) < 1e-4
 
 
@@ -145,7 +146,8 @@ def test_saved_folders_are_ordinary(everyone):
     for run in ("one", "two"):
         folder = everyone / f"{run}-llama-rac"
         model = AutoModelForCausalLM.from_pretrained(folder)
-        assert model.dtype == torch.float32 and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert model.dtype == torch.float32
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # tied as before
         assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
         assert not (folder / "checkpoints").exists()
         assert json.loads((folder / "args.json").read_text())["task"] == "ultrachat"
@@ -162,9 +164,8 @@ def test_an_interrupted_run_ends_in_the_same_weights(world, tmp_path, ranks):
     if ranks:
         runner += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
     out = tmp_path / "cut"
-    process = subprocess.Popen(
-        [*runner, *map(str, command), "--out", str(out)], cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    command_line = [*runner, *map(str, command), "--out", str(out)]
+    process = subprocess.Popen(command_line, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (out / "D_s_2").exists():
         time.sleep(0.02)
         assert process.poll() is None, process.stdout.read().decode()[-3000:]

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# From nothing to a table: a base model is built, fine-tuned by every method of the paper, and compared.
+#
+#     bash run.sh            the embedded default, one seed, about ten minutes on two CPU cores
+#     QUICK=1 bash run.sh    the same path in about two minutes, with numbers that mean nothing
+#     bash run.sh test       the tests
+#
+# A second call skips what is done. Override with environment variables:
+#     OUT=out      folder of everything that is made         SEEDS="1"    e.g. SEEDS="1 2 3 4 5"
+#     METHODS      of: sft-more sft-compute scs bash rac rac-oracle       (sft always runs: the others start from it)
+#     NPROC=1      processes of one stage (torchrun)         JOBS         stages at a time (default: cores / NPROC)
+#     PYTHON       use this interpreter instead of a virtual environment in .venv
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# 0. Set-up: a virtual environment with what requirements.txt names --------------------------------------------------
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=.venv/bin/python
+    if ! cmp -s requirements.txt .venv/requirements.txt; then
+        echo "[0] installing requirements.txt into .venv"
+        python3 -m venv .venv
+        .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+        cp requirements.txt .venv/requirements.txt
+    fi
+fi
+if [ "${1:-}" = test ]; then
+    exec "$PYTHON" -m pytest -q "${@:2}"
+fi
+
+OUT=${OUT:-out${QUICK:+-quick}} SEEDS=${SEEDS:-1} NPROC=${NPROC:-1} JOBS=${JOBS:-$(($(nproc) / ${NPROC:-1}))}
+METHODS=${METHODS:-sft-more sft-compute scs bash rac rac-oracle}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+run() { # run STAGE.py FLAGS: in one process, or in NPROC under torchrun
+    if [ "$NPROC" -gt 1 ]; then "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$@"
+    else "$PYTHON" "$@"; fi
+}
+
+# The default's settings: chosen on the validation problems, reported on the test problems. E is the number of epochs of
+# the second stage. sft-more takes the same steps; sft-compute spends the methods' computation on SFT: a joint step is two
+# SFT steps, and drawing and labelling z costs about one epoch.
+TRAIN=500 TEST=400 BASE_STEPS=3000 SFT_EPOCHS=3 SFT_LR=7e-4 E=3 LR=5e-4
+if [ -n "${QUICK:-}" ]; then TRAIN=64 TEST=32 BASE_STEPS=100 SFT_EPOCHS=1 E=1; fi
+STAGE="--task toy --data $OUT/data/train.jsonl --batch-size 16 --micro-batch-size 16 --warmup 0.1"
+
+# 1. The task and a base model that knows its language and small numbers (toy.py says what it is taught) ---------------
+mkdir -p "$OUT"
+[ -e "$OUT/data/test.jsonl" ] || "$PYTHON" toy.py data --out "$OUT/data" --train $TRAIN --test $TEST
+[ -e "$OUT/base/config.json" ] || { echo "[1] base model"; "$PYTHON" toy.py base --out "$OUT/base" --steps $BASE_STEPS; }
+
+# 2. Every method, from one SFT model for each seed ------------------------------------------------------------------
+train() { # train METHOD SEED
+    local dir=$OUT/seed-$2 more
+    more="--model $dir/sft $STAGE --seed $2 --lr $LR --out $dir/$1"
+    case $1 in
+        sft) run sft.py --model "$OUT/base" $STAGE --seed "$2" --lr $SFT_LR --epochs $SFT_EPOCHS --out "$dir/sft" ;;
+        sft-more) run sft.py $more --epochs $E ;;
+        sft-compute) run sft.py $more --epochs $((2 * E + 1)) ;;
+        scs | bash | rac) run "$1.py" $more --epochs $E ;;
+        rac-oracle) # the control: RAC's own z with the right labels
+            [ -e "$dir/D_r_oracle" ] || "$PYTHON" toy.py oracle --pairs "$dir/rac/D_r_1" --out "$dir/D_r_oracle"
+            run rac.py $more --epochs $E --pairs "$dir/D_r_oracle" ;;
+        *) echo "run.sh: unknown method $1 in METHODS" >&2; exit 2 ;;
+    esac
+}
+evaluate() { # evaluate METHOD SEED
+    run evaluate.py run --model "$OUT/seed-$2/$1" --task toy --data "$OUT/data/test.jsonl" --split test \
+        --name "$1" --seed "$2" --out "$OUT/seed-$2/$1/eval"
+}
+job() { # job METHOD SEED: trains and evaluates, into a log file
+    local log=$OUT/seed-$2/$1.log
+    mkdir -p "$OUT/seed-$2"
+    if (train "$1" "$2" && evaluate "$1" "$2") > "$log" 2>&1; then echo "    seed $2: $1 done"
+    else
+        echo "    seed $2: $1 failed, see $log" >&2
+        tail -n 3 "$log" >&2
+        return 1
+    fi
+}
+for seed in $SEEDS; do
+    mkdir -p "$OUT/seed-$seed"
+    echo "[2] seed $seed: sft"
+    train sft "$seed"
+    echo "    seed $seed: evaluation of sft, then $METHODS ($JOBS at a time; logs in $OUT/seed-$seed/)"
+    fail=0
+    for method in sft $METHODS; do
+        [ "$method" = rac-oracle ] && continue # it needs the z that rac draws
+        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail=1; done
+        job "$method" "$seed" &
+    done
+    while [ -n "$(jobs -rp)" ]; do wait -n || fail=1; done
+    case " $METHODS " in *" rac-oracle "*) job rac-oracle "$seed" || fail=1 ;; esac
+    [ $fail = 0 ] || exit 1
+done
+
+# 3. The table -------------------------------------------------------------------------------------------------------
+echo "[3] results"
+results=()
+for method in sft $METHODS; do
+    for seed in $SEEDS; do results+=("$OUT/seed-$seed/$method/eval/results.json"); done
+done
+"$PYTHON" evaluate.py table "${results[@]}" --baseline sft-more --out "$OUT/table"
+cat << END
+
+Files to look at: $OUT/table.md and .json (this table), $OUT/seed-*/METHOD (a Hugging Face folder each, with log.jsonl and
+args.json), $OUT/seed-*/bash/D_s_1 and $OUT/seed-*/rac/D_r_1 (the data sets of the two methods), $OUT/seed-*/METHOD/eval
+(every generation).
+END
