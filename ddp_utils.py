@@ -62,7 +62,6 @@ def init() -> torch.device:
     transformers_logging.disable_progress_bar()
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
-        torch.backends.cuda.matmul.allow_tf32 = True
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if WORLD > 1:  # the long timeout: a rank may wait for others' generation; torchrun ends the peers of a dead one
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
@@ -513,7 +512,7 @@ def offline(
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             datasets.Dataset.from_list([row for part in done for row in part["rows"]]).save_to_disk(partial)
-            seconds = sum(part["seconds"] for part in done)
+            seconds = sum(part["seconds"] for part in done) / min(WORLD, len(done))  # of one rank
             write_json(partial / "source.json", {"tokenizer": fingerprint(tokenizer), "seconds": seconds})
             partial.rename(folder)
             shutil.rmtree(parts)

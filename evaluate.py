@@ -185,8 +185,9 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     def make(rows: list[dict]) -> list[dict]:
         x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
         g = generate.mix(model, x, y, beta=args.beta, ids=ids, batch_size=args.batch_size)  # Eq. 4
-        new = zip(rows, g, nll(model, x, y, y), nll(model, x, g, y), strict=True)
-        return [{**row, "g": g_i, "nll_y": on_y, "nll_g": on_g} for row, g_i, on_y, on_g in new]
+        on_y, on_g = (nll(model, x, inputs, y, min(8, args.batch_size)) for inputs in (y, g))
+        new = zip(rows, g, on_y, on_g, strict=True)
+        return [{**row, "g": g_i, "nll_y": a, "nll_g": b} for row, g_i, a, b in new]
 
     rows = ddp.offline(Path(args.out) / "exposure", make, examples, model, tokenizer)
     n = sum(map(len, rows["y"]))
@@ -210,11 +211,11 @@ def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
             model, [row["x"] + prefix for row, prefix in zip(rows, ids, strict=True)], temperature=0,
             max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size,
         )  # fmt: skip
-        return [
-            {**row, "prefix": ids_i, "z": z}
-            | toy.recovery(words[row["id"]], prefix, tokenizer.convert_ids_to_tokens(z))
-            for row, ids_i, prefix, (z,) in zip(rows, ids, prefixes, drawn, strict=True)
-        ]
+        made = []
+        for row, ids_i, prefix, (z,) in zip(rows, ids, prefixes, drawn, strict=True):
+            written = [word or "<unk>" for word in tokenizer.convert_ids_to_tokens(z)]
+            made.append({**row, "prefix": ids_i, "z": z, **toy.recovery(words[row["id"]], prefix, written)})
+        return made
 
     rows = ddp.offline(Path(args.out) / "recovery", make, examples, model, tokenizer)
     return {f"recovery_{key}": statistics.fmean(rows[key]) for key in ("restated", "final")}
@@ -234,7 +235,7 @@ def claim(args: argparse.Namespace) -> bool:
     out = Path(args.out)
     if (out / "results.json").exists() or any(out.glob("exposure*")) or any(out.glob("generations-t*")):
         old = json.loads((out / "args.json").read_text()) if (out / "args.json").exists() else {}
-        flags = {key: value for key, value in vars(args).items() if key != "out"}
+        flags = {key: value for key, value in vars(args).items() if key not in ("out", "batch_size")}
         differ = [key for key in flags if old.get(key) != flags[key]]
         if differ:
             named = ", ".join(f"--{key.replace('_', '-')} {old.get(key)} -> {flags[key]}" for key in differ)

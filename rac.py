@@ -36,7 +36,8 @@ import generate
 import toy
 from sft import sft_loss, sft_phase
 
-POOR = 0.9  # label precision below which RAC warns: the mask 1(z_bar != z) keeps just the labels in dispute, right or not
+# Label precision below which RAC warns: Eq. 7 keeps just the labels that differ from z, whether or not they are right.
+POOR = 0.9
 
 
 def rac_loss(

@@ -1,0 +1,152 @@
+"""The toy task: problems, tokenizer, oracle labels, recovery, and every command on a tiny scale."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import toy
+
+Y = "amy has 25 . first buys 15 : 25 + 15 = 40 , now 40 . second gives 9 : 40 - 9 = 31 , now 31 . #### 31 <eos>".split()
+
+
+def run(*args):
+    done = subprocess.run([sys.executable, toy.__file__, *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def with_words(y, **changes):
+    """y with the words at some places changed: with_words(Y, _12="39")."""
+    return [changes.get(f"_{j}", word) for j, word in enumerate(y)]
+
+
+def test_problems_are_right_and_disjoint():
+    sets = toy.splits(60, 50, 40, seed=3)
+    prompts = [row["prompt"] for rows in sets.values() for row in rows]
+    assert len(set(prompts)) == 150 and {split: len(rows) for split, rows in sets.items()} == {
+        "train": 60,
+        "valid": 50,
+        "test": 40,
+    }
+    assert sets == toy.splits(60, 50, 40, seed=3) and sets != toy.splits(60, 50, 40, seed=4)
+    for rows in sets.values():
+        for row in rows:
+            words = row["response"].split()
+            state = int(words[2])
+            for j, word in enumerate(words):
+                if word == "=":
+                    assert int(words[j - 3]) == state
+                    state = toy.add(*words[j - 3 : j])
+                    assert words[j + 1 : j + 4] == [str(state), ",", "now"] and words[j + 4] == str(state)
+            assert toy.answer(row["response"]) == str(state) and len(words) < 64
+
+
+def test_tokenizer():
+    tok, row = toy.tokenizer(), toy.problems(1, 0)[0]
+    for text in row.values():
+        ids = tok(text).input_ids
+        assert tok.decode(ids) == text and toy.to_words(ids) == text.split() and tok.unk_token_id not in ids
+    assert tok.decode(tok("amy <eos>").input_ids, skip_special_tokens=True).strip() == "amy"
+    assert tok("never seen").input_ids == [tok.unk_token_id] * 2
+
+
+def test_answer():
+    assert toy.answer("a #### 31 <eos>") == "31" and toy.answer("#### <eos>") is None and toy.answer("31") is None
+
+
+def test_oracle_agrees_with_y():
+    rng = random.Random(0)
+    for i in range(200):
+        _, y = toy.problem(rng, (2, 15), (1, 4), arbitrary=i % 2 == 0)
+        y = y + ["<eos>"]
+        assert toy.oracle_labels(y, y) == y == toy.oracle_labels(y[:-1], y)
+        ids = [toy.IDS[word] for word in y]
+        assert toy.oracle_labels(ids, ids) == ids
+
+
+def test_oracle_never_looks_ahead_and_takes_anything():
+    rng = random.Random(1)
+    for _ in range(300):
+        _, y = toy.problem(rng)
+        z = toy.flawed(y, rng)
+        for _ in range(rng.randint(0, 4)):
+            z[rng.randrange(len(z))] = rng.choice(toy.WORDS)
+        labels, j = toy.oracle_labels(y, z), rng.randrange(len(z))
+        assert len(labels) == len(z)
+        other = z[:j] + [rng.choice(toy.WORDS) for _ in range(5)]
+        assert toy.oracle_labels(y, other)[:j] == labels[:j]
+
+
+def test_label_quality():
+    z = with_words(Y, _12="39")
+    truth = toy.oracle_labels(Y, z)
+    assert truth[12] == "40" and truth[:12] == Y[:12]
+    right = toy.label_quality([Y], [z], [truth])
+    assert right["precision"] == right["recall"] == 1 and right["wrong_early"] == 0 and right["n"] == len(z)
+    early = toy.label_quality([Y], [z], [with_words(z, _2="7")])
+    assert early["precision"] == 0 and early["wrong_early"] == 1 and early["unmasked"] == 1 / len(z)
+    assert toy.label_quality([Y], [z], [z])["precision"] is None
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_recovery(as_ids):
+    y = [toy.IDS[word] for word in Y] if as_ids else Y
+    seen = set()
+    for seed in range(20):
+        prefix = toy.inject_error(y, seed)
+        assert prefix == toy.inject_error(y, seed)
+        n = len(prefix)
+        seen.add(n)
+        assert toy.to_words(prefix)[-2] == "=" and prefix[:-1] == y[: n - 1] and prefix[-1] != y[n - 1]
+        assert toy.recovery(y, prefix, y[n:]) == {"restated": True, "final": True}
+        assert toy.recovery(y, prefix, y[-3:]) == {"restated": False, "final": True}
+        assert toy.recovery(y, prefix, []) == {"restated": False, "final": False}
+    assert len(seen) == 2
+
+
+def test_documents():
+    rng = random.Random(2)
+    for kind in ("sums", "plain", "reference"):
+        for _ in range(50):
+            tokens, targets = toy.document(kind, 4, rng)
+            assert len(tokens) == len(targets) <= 200 and any(target >= 0 for target in targets)
+            if kind == "plain":
+                assert all(target in (token, -100) for token, target in zip(tokens[1:], targets))
+
+
+def test_base_and_data_commands(tmp_path):
+    for out in ("one", "two"):
+        run("base", "--out", tmp_path / out, "--steps", 4)
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two  # fixed, seeded steps
+    model, tok = (auto.from_pretrained(tmp_path / "one") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.vocab_size == len(tok) and model.config.eos_token_id == tok.eos_token_id
+    run("data", "--out", tmp_path / "data", "--train", 5, "--valid", 4, "--test", 3)
+    rows = [json.loads(line) for line in (tmp_path / "data/train.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 and set(rows[0]) == {"prompt", "response"}
+
+
+def test_oracle_command(tmp_path):
+    ids = [toy.IDS[word] for word in Y]
+    z = [toy.IDS[word] for word in with_words(Y, _12="39")]
+    rows = {"id": [7], "x": [ids[:4]], "y": [ids], "z": [z], "z_bar": [z]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "in")
+    run("oracle", "--pairs", tmp_path / "in", "--out", tmp_path / "out")
+    (row,) = load_from_disk(tmp_path / "out")
+    assert row == {"id": 7, "x": ids[:4], "y": ids, "z": z, "z_bar": toy.oracle_labels(ids, z)}
+
+
+def test_bytes_command(tmp_path):
+    rows = [{"source": ["a café costs", "ten euros"], "target": "so much", "n": 1}] * 30
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("bytes", "--out", tmp_path / "tiny", "--text", tmp_path / "text.jsonl", "--vocab", 300, "--width", 16)
+    model, tok = (auto.from_pretrained(tmp_path / "tiny") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    text = "日本 naïve\n\n  two spaces <b> , 1.5"
+    assert tok.decode(tok(text).input_ids) == text and tok.eos_token == "<eos>"
+    assert model.config.vocab_size == len(tok) and model.config.max_position_embeddings == 2048
