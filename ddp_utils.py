@@ -46,7 +46,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -167,32 +167,51 @@ def load_tokenizer(path: str) -> AutoTokenizer:
 
 
 def load_model(path: str, dtype: str = "float32") -> torch.nn.Module:
-    """A causal language model on this rank's device, sharded over the ranks where there are several.
+    """A causal language model on this rank's device, sharded over the ranks where there are several. Raises OSError.
 
-    The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments).
+    The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments),
+    by rank 0 alone: the others never hold a whole model.
     """
     device = init()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(path)
+        whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) if RANK == 0 else None
     except Exception as error:
         raise OSError(f"--model {path}: could not be loaded ({str(error).strip().splitlines()[0]})") from None
-    model.eval().to(device)
-    return shard(model, dtype)
+    if WORLD == 1 and dtype == "float32":
+        return whole.eval().to(device)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return fill(shard(model, dtype), whole)
 
 
 def shard(model: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:
-    """FSDP2: each block a group, then the root (tied embeddings stay in one group). One float32 process: as it is."""
-    if WORLD == 1 and dtype == "float32":
-        return model
+    """FSDP2: each transformer block a group, then the root, in which tied embeddings stay together."""
     if not dist.is_initialized():  # bf16 on one device: the same mixed-precision policy, on a group of one
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = dist.init_device_mesh(model.device.type, (WORLD,))
+    mesh = dist.init_device_mesh(init().type, (WORLD,))
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
     blocks = set(model._no_split_modules or [])
     for module in model.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def fill(model: torch.nn.Module, whole: torch.nn.Module | None) -> torch.nn.Module:
+    """Gives a sharded model on the meta device the weights of rank 0's whole one."""
+    model.to_empty(device=init())
+    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp_state.set_model_state_dict(model, whole.state_dict() if whole else {}, options=options)
+    source = dict(whole.named_buffers()) if whole else {}
+    for name, buffer in model.named_buffers():  # RoPE's inv_freq is in no state dict: left out, it would be garbage
+        if whole:
+            buffer.copy_(source[name])
+        dist.broadcast(buffer, 0)
+    if whole:  # what save_pretrained needs to write the folder as it was read (names, settings)
+        model.generation_config = whole.generation_config
+        model._weight_conversions = getattr(whole, "_weight_conversions", None)
+    return model
 
 
 @contextlib.contextmanager

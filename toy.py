@@ -12,11 +12,11 @@ The task is to keep count over three or four steps. One word is one token, and s
 
 Errors fall after `=`, and whoever copies them after `now` carries them to the end: the exposure gap in small.
 
-What the base is taught, openly: (1) sums, and the task itself, with operands 2..9 (the task proper has 2..15, so that
-fine-tuning has something to teach and errors fall); (2) to continue f(x, y) = `REFERENCE_TEMPLATE` after a prefix z that
-holds errors, with `oracle_labels` as targets: coherently with z, not by position. RAC needs (2), and it does not emerge
-by itself in half a million parameters. Most references in (2) hold arbitrary results, so that it teaches how to read a
-reference rather than arithmetic.
+What the base is taught, openly: (1) sums, and the task itself, with operands 2..9; the task proper has 2..15, so errors
+fall and fine-tuning has something to teach; (2) to continue f(x, y) = `REFERENCE_TEMPLATE` after a prefix z that holds
+errors, with `oracle_labels` as targets: coherently with z, not by position. RAC needs (2), and it does not emerge by
+itself in half a million parameters. Most references in (2) hold arbitrary results, and no sum with an operand over 9 is
+a target there unless y states it: (2) teaches how to read a reference, not arithmetic.
 """
 
 import argparse
@@ -46,6 +46,7 @@ IDS = {word: i for i, word in enumerate(WORDS)}
 
 
 def add(a: int | str, sign: str, b: int | str) -> int:
+    """The sum (or difference): add("25", "+", 15) is 40."""
     return int(a) + int(b) if sign == "+" else int(a) - int(b)
 
 
@@ -107,6 +108,8 @@ def tokenizer():
 
 def to_words(tokens: list) -> list[str]:
     """Token ids, or words already -> words."""
+    if any(isinstance(token, int) and token >= len(WORDS) for token in tokens):
+        raise ValueError("these token ids are not the toy task's: they were made with another tokenizer")
     return [WORDS[token] if isinstance(token, int) else token for token in tokens]
 
 
@@ -147,11 +150,11 @@ def oracle_labels(y: list, z: list) -> list:
                 total = add(*written[-4:-1])
                 label = str(total) if 0 <= total <= TOP else word
             if word != right[k] and not (word in NUMBERS and right[k] in NUMBERS):
-                right = None  # another form than y's
+                right = None  # another form than that of y
         labels.append(label)
         written = [] if word == "." else written + [word]
         if right is not None and len(written) == len(right):
-            right = None  # only after y's <eos>
+            right = None  # z goes on after <eos>
     return [IDS[label] for label in labels] if as_ids else labels
 
 
@@ -168,9 +171,11 @@ def sentences_of(words: list[str]) -> list[list[str]]:
 def label_quality(y_rows: list, z_rows: list, z_bar_rows: list) -> dict:
     """How good labels z_bar are, on rows of token ids or words (all positions of z count, EOS included).
 
-    `unmasked`: share of positions with z_bar != z; `precision`: the share of those where z_bar is right, None if there
-    are none; `recall`: the share of the positions where z is wrong that z_bar puts right; `wrong_early`: unmasked labels
-    before (or in place of) the first error of their row, each of them wrong; `n`: positions.
+    unmasked      share of the positions with z_bar != z
+    precision     share of those where z_bar is right (None if there are none)
+    recall        share of the positions where z is wrong at which z_bar is right (None if there are none)
+    wrong_early   wrong unmasked labels before the first error of z: they change what was right
+    n             positions
     """
     n = unmasked = right = errors = wrong_early = 0
     for y, z, z_bar in zip(y_rows, z_rows, z_bar_rows, strict=True):
@@ -221,10 +226,11 @@ def recovery(y: list, prefix: list, continuation: list) -> dict[str, bool]:
 def flawed(y: list[str], rng: random.Random) -> list[str]:
     """A z such as a weak model writes: wrong numbers, carried on; a sentence left out, or one told again too soon."""
     sentences, rate = sentences_of(y), rng.choice([0, 0.03, 0.1, 0.3])
-    if rng.random() < 0.2:
-        i, j = rng.randrange(1, len(sentences)), rng.randrange(1, len(sentences))
-        sentences[i:i] = sentences[j : j + 1] if rng.random() < 0.5 and j < len(sentences) - 1 else []
-        del sentences[i if len(sentences) > 3 and i < len(sentences) - 1 and rng.random() < 0.5 else len(sentences) :]
+    steps, shape = range(1, len(sentences) - 1), rng.random()
+    if shape < 0.1:
+        sentences.insert(rng.choice(steps), sentences[rng.choice(steps)])
+    elif shape < 0.2 and len(steps) > 1:
+        del sentences[rng.choice(steps)]
     z, state = [], None
     for word in (word for sentence in sentences for word in sentence):
         before = z[-1] if z else None
@@ -290,7 +296,10 @@ def new_model(vocab: int, layers=4, width=96, positions=512, **special_ids):
 
 
 def train_base(model, steps: int, seed: int, batch_size=32):
-    """Sums first; then the task and references to it in turn, with more and more steps. Muon, AdamW for the rest."""
+    """Sums first; then the task and references to it in turn, with one, two, four steps.
+
+    Muon for the matrices (AdamW for the rest) learns the sums in half the time that AdamW alone takes.
+    """
     rng = random.Random(f"base {seed}")
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
@@ -349,7 +358,7 @@ def main():
     for command in (base, data, pairs, text):
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--seed", type=int, default=0)
-    base.add_argument("--steps", type=int, default=1000)
+    base.add_argument("--steps", type=int, default=900, help="three minutes on one idle core")
     for split, n in (("train", 500), ("valid", 300), ("test", 400)):
         data.add_argument(f"--{split}", type=int, default=n)
     pairs.add_argument("--pairs", required=True, help="a `datasets` folder with columns x, y, z, z_bar")

@@ -27,7 +27,7 @@ def next_logits(lm, tokens: list[int]) -> torch.Tensor:
 
 
 def chi_square_ok(counts: torch.Tensor, p: torch.Tensor) -> bool:
-    """Pearson's statistic over the cells that expect 5 or more (the others in one cell) within 5 standard deviations."""
+    """Pearson's statistic over the cells that expect 5 or more, and one of all others, within 5 standard deviations."""
     expected, total = p * counts.sum(), counts.sum()
     big = expected >= 5
     counts = torch.cat([counts[big], (total - counts[big].sum())[None]])
@@ -39,7 +39,7 @@ def chi_square_ok(counts: torch.Tensor, p: torch.Tensor) -> bool:
     return ((counts - expected) ** 2 / expected).sum() <= free + 5 * (2 * free) ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------------ greedy, per row EOS
+# -------------------------------------------------------------------------------------------------- greedy, per row EOS
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -72,7 +72,7 @@ def test_greedy_equals_transformers_and_a_loop_without_cache(arch):
     assert theirs == cut
 
 
-# ------------------------------------------------------------------------------------------- what must not change a draw
+# ------------------------------------------------------------------------------------------ what must not change a draw
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -122,6 +122,16 @@ def test_prefill_is_shared_and_finished_rows_leave():
     assert stats["columns"] == prefill + sum(len(row) - 1 for (row,) in out)
 
 
+def test_waiting_prompts_take_the_place_of_finished_ones():
+    lm, prompts, eos, stats, refilled = model("mistral"), ragged(24, 20), [3, 5, 8], {}, {}
+    args = {"max_new_tokens": 30, "eos_token_id": eos}
+    whole = generate(lm, prompts, **args)
+    for b in range(0, 24, 4):
+        generate(lm, sorted(prompts, key=len)[b : b + 4], **args, stats=stats)
+    assert generate(lm, prompts, batch_size=4, **args, stats=refilled) == whole
+    assert refilled["forwards"] < stats["forwards"]
+
+
 def test_the_model_is_left_as_it_was():
     lm = model("llama").train()
     lm.gradient_checkpointing_enable()
@@ -135,7 +145,7 @@ def test_the_model_is_left_as_it_was():
     assert lm.training and not lm._forward_pre_hooks and torch.is_grad_enabled()
 
 
-# --------------------------------------------------------------------------------------------------- the distribution
+# ----------------------------------------------------------------------------------------------------- the distribution
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -166,7 +176,9 @@ def nucleus(logits: torch.Tensor, temperature: float, top_p: float, top_k: int) 
     return p / p.sum()
 
 
-@pytest.mark.parametrize("top_p,top_k", [(1.0, 0), (0.9, 0), (0.5, 0), (1e-6, 0), (1.0, 7), (0.8, 7), (1.0, 1), (0.9, 99)])
+@pytest.mark.parametrize(
+    "top_p,top_k", [(1.0, 0), (0.9, 0), (0.5, 0), (1e-6, 0), (1.0, 7), (0.8, 7), (1.0, 1), (0.9, 99)]
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_top_p_and_top_k(temperature, top_p, top_k):
     torch.manual_seed(0)
@@ -196,7 +208,7 @@ def test_extreme_logits_and_low_precision():
     assert torch.equal(draw(half, keys, 1.0), draw(half.float(), keys, 1.0))
 
 
-# ------------------------------------------------------------------------------------------------------------- the noise
+# ------------------------------------------------------------------------------------------------------------ the noise
 
 
 def test_noise_is_finite_even_at_the_ends_of_its_range():
@@ -236,7 +248,8 @@ def test_neighbours_are_independent(axis, lag):
 
 
 def test_keys_do_not_collide_and_differ_by_each_part():
-    keys = torch.cat([noise_keys(seed, list(range(200)), [s] * 200, 50).flatten() for seed in (0, 1) for s in (-1, 0, 1)])
+    ids = list(range(200))
+    keys = torch.cat([noise_keys(seed, ids, [s] * 200, 50).flatten() for seed in (0, 1) for s in (-1, 0, 1)])
     assert len(keys.unique()) == len(keys) == 60000
     assert torch.equal(noise_keys(3, [7, 8], [0, 0], 5)[1], noise_keys(3, [8], [0], 9)[0, :5])
     bits = (keys[:, None] >> torch.arange(64) & 1).float().mean(0)  # [64]
@@ -256,7 +269,7 @@ def test_noise_is_the_same_on_the_gpu():
     assert (draw(logits, keys, 1.0) == draw(logits.cuda(), keys.cuda(), 1.0).cpu()).float().mean() > 0.999
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize(
