@@ -413,10 +413,8 @@ def mix_segment(model, prompts, g, drawn, keys, temperature) -> None:
 
 
 METHODS = {"token": mix_token, "parallel": mix_parallel, "segment": mix_segment}
-REDRAW = {
-    "cpu": 64,
-    "cuda": 1024,
-}  # positions that a pass of mix_parallel redraws, over all rows; cuda: not measured yet
+# How many positions a pass of mix_parallel redraws, over all rows. cpu: measured; cuda: not yet.
+REDRAW = {"cpu": 64, "cuda": 1024}
 
 
 def choose(beta: float) -> str:
