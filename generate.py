@@ -5,27 +5,31 @@
     y_hat = mix(model, prompts, responses, beta=0.2)                                       # y^j, or z^j w.p. β  Eq. 4
 
 Prompts and responses are lists of token ids; `model` is any causal LM of transformers (checked: GPT-NeoX, Llama,
-Mistral with its sliding window, GPT-2, Qwen2, Qwen3, Gemma), on any device and in any dtype. Needs torch and transformers.
+Mistral with its sliding window, GPT-2, Qwen2, Qwen3, Gemma), on any device and in any dtype. Needs torch and
+transformers.
 
 **One layout.** Prompts are padded on the left, so that all responses start in one column. The attention mask and the
-position ids are always passed, and come from lengths: a pad id that is also EOS, or a word of the prompt, does no harm.
+position ids are always passed, and come from lengths: a pad id that is also EOS, or a word of the prompt, does no
+harm.
 
         columns    0    1    2    3  |  4    5    6            key/value cache: columns 0 … 3, then one more each step
         row 0     pad  pad  x^1  x^2 | y^1  y^2  y^3           mask       0 0 1 1 1 1 1
         row 1     x^1  x^2  x^3  x^4 | y^1                     positions  0 0 0 1 2 3 4
 
 **Noise that belongs to the token, not to the run.** A draw is argmax(logits + T · Gumbel), and the Gumbel noise of a
-token is a hash of (seed, example id, sample, position, vocabulary entry). So batch size, order, padding, number of ranks
-and method do not change what is drawn, and a run can be repeated, or split, at will. (As far as the logits themselves do
-not depend on the shape of the batch: in float32 that is rounding, in bfloat16 it changes a token now and then.)
+token is a hash of (seed, example id, sample, position, vocabulary entry). So batch size, order, padding, number of
+ranks and method do not change what is drawn, and a run can be repeated, or split, at will. (As far as the logits
+themselves do not depend on the shape of the batch: in float32 that is rounding, in bfloat16 it changes a token now
+and then.)
 
-**Why Eq. 4 need not be slow.** The paper's Remark 1 has scheduled sampling draw one token after the other. But once the
-coin (β) and the noise of every position are fixed, the mixed sequence g is a deterministic function of itself: g^j is y^j,
-or the argmax given g^{<j}. Its fixed point is the sequential draw, and a few teacher-forced passes find it, begun at g = y
-("parallel"). Or, since gold tokens are known beforehand, a forward can take in all of them up to the next drawn position
-("segment"). Both give, in float32, the very tokens of the definition ("token").
-    Parallel Scheduled Sampling (Duckworth et al. 2019, arXiv 1906.04331) draws afresh in each pass and so only approximates
-    Eq. 4; fixed noise across passes is from Wiggers & Hoogeboom (2020, arXiv 2002.09928), for plain sampling.
+**Why Eq. 4 need not be slow.** The paper's Remark 1 has scheduled sampling draw one token after the other. But once
+the coin (β) and the noise of every position are fixed, the mixed sequence g is a deterministic function of itself:
+g^j is y^j, or the argmax given g^{<j}. Its fixed point is the sequential draw, and a few teacher-forced passes find
+it, begun at g = y ("parallel"). Or, since gold tokens are known beforehand, a forward can take in all of them up to
+the next drawn position ("segment"). Both give, in float32, the very tokens of the definition ("token").
+    Parallel Scheduled Sampling (Duckworth et al. 2019, arXiv 1906.04331) draws afresh in each pass and so only
+    approximates Eq. 4; fixed noise across passes is from Wiggers & Hoogeboom (2020, arXiv 2002.09928), for plain
+    sampling.
 """
 
 from collections.abc import Iterator
@@ -35,6 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+Rows = list[list[int]]  # token ids, one list a row
 
 # ------------------------------------------------------------------------------------------------------------ the noise
 
@@ -55,10 +61,10 @@ def noise_keys(seed: int, ids: list[int], samples: list[int], length: int) -> Te
 
 
 def gumbel(keys: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise, float32 [N, vocab], from keys int64 [N]: always finite, and the same on every device (up to
-    the last digit of the logarithm).
+    """Standard Gumbel noise, float32 [N, vocab], from keys int64 [N]: always finite, and the same on every device (but
+    for the last digit of the logarithm).
 
-    A 32-bit hash (the constants are Wellons' lowbias32) of the vocabulary entry, with half of the key added before each
+    A 32-bit hash of the vocabulary entry (constants of Wellons' lowbias32), with half of the key mixed in before each
     round. The 31-bit uniform is finest near 0, where -log(-log(1 - u)) is large, so the tail reaches 22 (p = 2e-10).
     """
     low, high = keys.int()[:, None], (keys >> 32).int()[:, None]  # [N, 1], the two halves of the key
@@ -77,8 +83,8 @@ def draw(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0, t
     """z ~ softmax(logits / T), cut to the top k, then to the nucleus p. logits [N, V], keys int64 [N] -> z int64 [N].
 
     T = 0 is the argmax. In the nucleus is a token with less than top_p of probability strictly above it (so ties go
-    together). Sorting the vocabulary costs more than a small model does: instead z is drawn, and drawn on while it falls
-    outside of the nucleus, which is the argmax over the nucleus.
+    together). Sorting the vocabulary costs more than a small model does: instead z is drawn, and drawn on while it
+    falls outside of the nucleus, which comes to the argmax over the nucleus.
     """
     logits = logits.float()  # [N, V]
     if temperature == 0:
@@ -104,18 +110,18 @@ def draw(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0, t
 
 @contextmanager
 def decoding(model: PreTrainedModel, stats: dict | None) -> Iterator[torch.device]:
-    """eval mode (gradient checkpointing in train mode turns the cache off) and no_grad inside; all flags restored after.
+    """eval mode (in train mode gradient checkpointing turns the cache off) and no_grad inside; all flags restored.
 
     no_grad, not inference_mode, so that it also runs inside FSDP. Counts forwards and tokens fed into `stats`.
     """
     modes = [(module, module.training) for module in model.modules()]
-    count = {"forwards": 0, "columns": 0} if stats is None else stats
+    stats = {} if stats is None else stats
 
-    def before(module, args, kwargs):
-        count["forwards"] = count.get("forwards", 0) + 1
-        count["columns"] = count.get("columns", 0) + kwargs["input_ids"].numel()
+    def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        stats["forwards"] = stats.get("forwards", 0) + 1
+        stats["columns"] = stats.get("columns", 0) + kwargs["input_ids"].numel()
 
-    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
     model.eval()
     try:
         with torch.no_grad():
@@ -126,7 +132,7 @@ def decoding(model: PreTrainedModel, stats: dict | None) -> Iterator[torch.devic
             module.training = training
 
 
-def pad(rows: list[list[int]], device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
+def pad(rows: Rows, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
     """Ragged rows -> ids and mask, both int64 [B, W], with 0 where there is no token."""
     width = max(map(len, rows))
     ids = [[0] * (width - len(row)) * left + row + [0] * (width - len(row)) * (not left) for row in rows]
@@ -151,9 +157,7 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCac
         hook.remove()
 
 
-def prefill(
-    model: PreTrainedModel, prompts: list[list[int]], device: torch.device
-) -> tuple[Tensor, Tensor, DynamicCache]:
+def prefill(model: PreTrainedModel, prompts: Rows, device: torch.device) -> tuple[Tensor, Tensor, DynamicCache]:
     """One forward over the prompts, equal neighbours once -> last logits [B, V], mask [B, P], cache, all of B rows."""
     different = [b == 0 or prompts[b] is not prompts[b - 1] for b in range(len(prompts))]
     ids, mask = pad([prompt for prompt, new in zip(prompts, different) if new], device, left=True)  # [B', P]
@@ -213,7 +217,7 @@ REFILL = 0.75  # waiting prompts join once this share of the batch, or less, is 
 
 def generate(
     model: PreTrainedModel,
-    prompts: list[list[int]],
+    prompts: Rows,
     *,
     max_new_tokens: int,
     eos_token_id: int | list[int] | None,
@@ -225,7 +229,7 @@ def generate(
     ids: list[int] | None = None,
     batch_size: int = 64,
     stats: dict | None = None,
-) -> list[list[list[int]]]:
+) -> list[Rows]:
     """z ~ p(.|x), token by token (Eq. 2): n samples for each prompt.
 
     prompts         lists of token ids, none empty
@@ -282,8 +286,8 @@ def generate(
 
 def mix(
     model: PreTrainedModel,
-    prompts: list[list[int]],
-    responses: list[list[int]],
+    prompts: Rows,
+    responses: Rows,
     *,
     beta: float,
     temperature: float = 1.0,
@@ -292,7 +296,7 @@ def mix(
     batch_size: int = 64,
     method: str = "auto",
     stats: dict | None = None,
-) -> list[list[int]]:
+) -> Rows:
     """g^j = z^j ~ p(.|x, g^{<j}) with probability β, else y^j (Eq. 4): each g is as long as its response y.
 
     An EOS drawn in the middle is a token like any other: Eq. 4 goes on to the end of y, and so does this.
@@ -330,7 +334,7 @@ def coins(seed: int, example: int, length: int, beta: float) -> list[int]:
 # with the latest comes first), and keys [B, 1 + latest drawn position]; they write into g.
 
 
-def mix_token(model, prompts, g, drawn, keys, temperature) -> None:
+def mix_token(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, keys: Tensor, temperature: float) -> None:
     """Eq. 4 as it is written: one position after the other, with the KV cache."""
     ids, mask = pad(prompts, keys.device, left=True)  # [B, P]
     cache = DynamicCache()
@@ -349,7 +353,7 @@ def mix_token(model, prompts, g, drawn, keys, temperature) -> None:
         mask = torch.cat([mask, mask.new_ones(live, 1)], 1)  # [B, P + j + 1]
 
 
-def mix_parallel(model, prompts, g, drawn, keys, temperature) -> None:
+def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, keys: Tensor, temperature: float) -> None:
     """Eq. 4 as a fixed point: redraw all positions of a window at once from the g at hand, until none changes.
 
     What comes before a row's first change, and the changed token itself, is final: it was drawn from a final prefix (by
@@ -367,17 +371,23 @@ def mix_parallel(model, prompts, g, drawn, keys, temperature) -> None:
         end = [min(max(done[row], len(prompts[row])) + window, todo[row][-1]) for row in rows]  # feed seq[done : end]
         ids, fed = pad([seq[row][done[row] : e] for row, e in zip(rows, end)], device, left=False)  # [B, Q]
         mask = torch.cat([mask, fed], 1)  # [B, S]
-        spots = [(b, p) for b, row in enumerate(rows) for p in todo[row] if done[row] < p <= end[b]]  # [N], row order
+        spots = [
+            (b, p) for b, row in enumerate(rows) for p in todo[row] if done[row] < p <= end[b]
+        ]  # N drawn positions
         index = [(b, p - 1 - done[rows[b]], rows[b], p - len(prompts[rows[b]])) for b, p in spots]  # p - 1 predicts p
-        b, column, row, j = torch.tensor(index, dtype=torch.int64, device=device).view(-1, 4).T  # [N] each
-        at = torch.zeros_like(ids, dtype=torch.bool).index_put((b, column), torch.tensor(True, device=device))  # [B, Q]
-        logits = forward(model, ids, mask, cache, at)  # [N, V], p(.|x, g^{<j}) at the g at hand
-        z = [draw(*part, temperature) for part in zip(logits.split(256), keys[row, j].split(256))]  # in parts: memory
-        for (b, p), token in zip(spots, torch.cat(z).tolist()):
+        at_row, at_column, key_row, j = torch.tensor(index, dtype=torch.int64, device=device).view(-1, 4).T  # [N] each
+        at = torch.zeros_like(ids, dtype=torch.bool)  # [B, Q]
+        at[at_row, at_column] = True
+        logits = forward(model, ids, mask, cache, at)  # [N, V], p(.|x, g^{<j}) for the g at hand
+        parts = zip(logits.split(256), keys[key_row, j].split(256))  # the noise of all N at once would be large
+        z = torch.cat([draw(*part, temperature) for part in parts]).tolist()  # [N]
+        for (b, p), token in zip(spots, z):
             if seq[rows[b]][p] != token:
                 seq[rows[b]][p] = token
-                end[b] = min(end[b], p)
-        good = torch.tensor([e - done[row] for row, e in zip(rows, end)], device=device)  # [B], how many of Q are final
+                end[b] = min(end[b], p)  # the row's first change
+        good = torch.tensor(
+            [e - done[row] for row, e in zip(rows, end)], device=device
+        )  # [B], columns whose input is final
         mask[:, -ids.shape[1] :] = torch.arange(ids.shape[1], device=device) < good[:, None]
         for row, e in zip(rows, end):
             done[row] = e
@@ -389,8 +399,8 @@ def mix_parallel(model, prompts, g, drawn, keys, temperature) -> None:
         g[row][:] = tokens[len(x) :]
 
 
-def mix_segment(model, prompts, g, drawn, keys, temperature) -> None:
-    """Eq. 4 with a forward per drawn position, that takes in the token drawn last and the gold run up to the next one."""
+def mix_segment(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, keys: Tensor, temperature: float) -> None:
+    """Eq. 4 with a forward per drawn position: of the token drawn last and the gold run up to the next one."""
     rows, device = list(range(len(g))), keys.device
     ids, mask = pad([x + row[: at[0]] for x, row, at in zip(prompts, g, drawn)], device, left=True)
     cache = DynamicCache()
@@ -418,15 +428,23 @@ REDRAW = {"cpu": 64, "cuda": 1024}
 
 
 def choose(beta: float) -> str:
-    """The method of "auto". On one CPU core (4 layers, d = 256, trained on GSM8K, 128 tokens) "parallel" was the fastest
-    for β <= 0.5, at batch 1 and 16; towards β = 1 nearly every position waits for the one before it."""
-    return "parallel" if beta <= 0.75 else "token"
+    """The method of "auto". On one CPU core (4 layers, d = 256, trained on GSM8K, 128 tokens, batches of 1 and 16)
+    "parallel" took 0.1-0.5 of the time of "token" at β <= 0.2, 0.4-0.7 at 0.5, and 1.0-1.2 at 0.75, where nearly every
+    position waits for the one before it; "segment" was in between, or behind both."""
+    return "parallel" if beta <= 0.6 else "token"
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def check(model, prompts, lengths, ids, temperature, batch_size) -> list[int]:
+def check(
+    model: PreTrainedModel,
+    prompts: Rows,
+    lengths: list[int],
+    ids: list[int] | None,
+    temperature: float,
+    batch_size: int,
+) -> list[int]:
     """Raises a ValueError of one line on bad input; returns the ids, by default the indices."""
     ids = list(range(len(prompts))) if ids is None else list(ids)
     if len(ids) != len(prompts):

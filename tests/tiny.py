@@ -11,8 +11,8 @@ WORDS = [*TEXT.split(), *map(str, range(60))]
 
 
 def model(arch: str, vocab: int = 64, seed: int = 0, **kw) -> PreTrainedModel:
-    """A random float32 model of 2 layers, in eval mode. Weights are large, so that its distributions are far from flat and
-    differ from position to position. Mistral's window is 8: shorter than most test sequences. `kw` overrides its config."""
+    """A random float32 model of 2 layers, in eval mode. Weights are large, so that its distributions are far from flat
+    and differ by position. Mistral's window is 8, shorter than most test sequences. `kw` overrides the config."""
     size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
     grouped = {**size, "intermediate_size": 48, "num_key_value_heads": 2}
     config = {
@@ -32,7 +32,7 @@ def model(arch: str, vocab: int = 64, seed: int = 0, **kw) -> PreTrainedModel:
 
 
 def word_tokenizer(words: list[str] = WORDS, eos: str = "<eos>", pad: str | None = "<pad>") -> PreTrainedTokenizerFast:
-    """One token a word, split at spaces; ids 0 <unk>, 1 <eos>, 2 <pad>. pad=None gives a tokenizer without a pad token."""
+    """One token a word, split at spaces; ids 0 <unk>, 1 <eos>, 2 <pad>. pad=None: no pad token."""
     special = [token for token in ("<unk>", eos, pad) if token]
     vocab = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
