@@ -196,7 +196,7 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
 
 
 def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
-    """toy: after a wrong result, the share of restatements behind `now`, and of final answers, that are right."""
+    """toy: after a wrong result, the share of sums put right when repeated, and of right final answers."""
     if not toy.IDS.keys() <= tokenizer.get_vocab().keys():  # one token a word is what this counts in
         return {}
     words = {row["id"]: tokenizer.convert_ids_to_tokens(row["y"]) for row in examples}

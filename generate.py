@@ -4,6 +4,8 @@
     z = generate(model, prompts, max_new_tokens=64, eos_token_id=eos, temperature=1.0)     # z ~ p(.|x)          Eq. 2
     y_hat = mix(model, prompts, responses, beta=0.2)                                       # y^j, or z^j w.p. β  Eq. 4
 
+    torchrun --nproc-per-node 8 generate.py --model runs/rac --task gsm8k --out answers.jsonl --temperature 0.1 --n 3
+
 Prompts and responses are lists of token ids; `model` is any causal LM of transformers (checked: GPT-NeoX, Llama,
 Mistral with its sliding window, GPT-2, Qwen2, Qwen3, Gemma), on any device and in any dtype. Needs torch and
 transformers.
@@ -460,3 +462,81 @@ def check(
         if limit and len(prompt) + length > limit:
             raise ValueError(f"prompt {i}: {len(prompt)} + {length} tokens exceed the model's {limit} positions")
     return ids
+
+
+# ----------------------------------------------------------------------------------------------------------- the command
+
+
+def main() -> None:
+    import argparse
+    import json
+    from pathlib import Path
+
+    import data
+    import ddp_utils as ddp
+
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    p.add_argument("--task", required=True, choices=sorted(data.TASKS), help="columns, templates, lengths and hub set")
+    p.add_argument("--data", help="a local .jsonl/.json/.parquet file, or another hub set")
+    p.add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
+    p.add_argument("--columns", default="", help="prompt=NAME,response=NAME where the file's columns differ")
+    p.add_argument("--limit", type=ddp.count, default=0, help="use only the first N rows (0: all)")
+    p.add_argument("--max-prompt", type=ddp.count, default=0, help="tokens of x (0: the task's own)")
+    p.add_argument("--max-response", type=ddp.count, default=0, help="tokens of z (0: the task's own)")
+    p.add_argument("--out", required=True, help="a .jsonl file: id, prompt, reference, responses (one object a line)")
+    p.add_argument("--n", type=ddp.number(1, kind=int), default=1, help="samples for each prompt")
+    p.add_argument("--temperature", type=ddp.number(0), default=1.0, help="0 is greedy")
+    p.add_argument("--top-p", type=ddp.number(0, 1), default=1.0)
+    p.add_argument("--top-k", type=ddp.count, default=0)
+    p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--seed", type=ddp.count, default=0)
+    args = p.parse_args()
+    ddp.init()
+    out, flags = Path(args.out), Path(args.out + ".args.json")
+    if out.exists():
+        raise ValueError(f"--out {out} exists already; choose another file or delete it")
+    if flags.exists() and json.loads(flags.read_text()) != vars(args):
+        raise ValueError(f"{flags} belongs to an unfinished call with other flags; choose another --out or delete it")
+    ddp.barrier()
+    if ddp.RANK == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        ddp.write_json(flags, vars(args))
+    tokenizer = ddp.load_tokenizer(args.model)
+    examples, notes = data.load(args, tokenizer, args.split)
+    for note in notes:
+        ddp.print0(note)
+    model = ddp.load_model(args.model, args.dtype)
+    options = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "n", "seed", "batch_size")}
+    options["max_new_tokens"] = args.max_response or data.TASKS[args.task].max_response
+
+    def make(rows: list[dict]) -> list[dict]:
+        ids, x = [row["id"] for row in rows], [row["x"] for row in rows]
+        z = generate(model, x, eos_token_id=tokenizer.eos_token_id, ids=ids, **options)
+        return [row | {"z": samples} for row, samples in zip(rows, z)]
+
+    made = ddp.offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
+    if ddp.RANK == 0:
+        text = {"skip_special_tokens": True}
+        lines = [
+            {
+                "id": row["id"],
+                "prompt": tokenizer.decode(row["x"]),
+                "reference": tokenizer.decode(row["y"], **text),
+                "responses": [tokenizer.decode(z, **text) for z in row["z"]],
+            }
+            for row in made
+        ]
+        partial = out.with_name(out.name + ".partial")
+        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        partial.rename(out)
+    ddp.print0(f"{len(made)} prompts, {args.n} responses each: {out} (token ids in {out}.data)")
+
+
+if __name__ == "__main__":
+    import ddp_utils
+
+    ddp_utils.cli(main)

@@ -8,9 +8,13 @@
 The task is to keep count over three or four steps. One word is one token, and so is one integer 0..40.
 
     x   amy has 25 eggs . first amy buys 15 . bob finds 3 . second amy gives 9 . how many eggs does amy have ?
-    y   amy has 25 . first buys 15 : 25 + 15 = 40 , now 40 . second gives 9 : 40 - 9 = 31 , now 31 . #### 31 <eos>
+    y   amy has 25 . first buys 15 : 25 + 15 = 40 , again 25 + 15 = 40 . second gives 9 : 40 - 9 = 31 , again …
+        #### 31 <eos>
 
-Errors fall after `=`, and whoever copies them after `now` carries them to the end: the exposure gap in small.
+Errors fall after `=`. Each sum is written twice, and a step goes on from its second result. Teacher forcing shows only
+second results that equal the first, so it leaves open whether to copy or to calculate: a model that copies carries its
+error to the end, one that calculates recovers. That is the training-inference gap in small, and it can be closed from
+the context alone.
 
 What the base is taught, openly: (1) sums, and the task itself, with operands 2..9; the task proper has 2..15, so errors
 fall and fine-tuning has something to teach; (2) to continue f(x, y) = `REFERENCE_TEMPLATE` after a prefix z that holds
@@ -37,7 +41,7 @@ LOSSES = "gives sells loses drops eats sends breaks spends".split()
 ORDINALS = "first second third fourth".split()
 TOP = 40  # the largest number
 NUMBERS = [str(i) for i in range(TOP + 1)]
-WORDS = "<pad> <eos> <unk> . , : ? = + - #### has now how many does have reference question".split()
+WORDS = "<pad> <eos> <unk> . , : ? = + - #### has again how many does have reference question".split()
 WORDS += ORDINALS + NAMES + THINGS + GAINS + LOSSES + NUMBERS
 IDS = {word: i for i, word in enumerate(WORDS)}
 
@@ -62,7 +66,8 @@ def problem(rng: random.Random, operands=(2, 15), n_steps=(3, 4), arbitrary=Fals
         verb = (gains if sign == "+" else losses).pop()
         result = rng.randint(0, TOP) if arbitrary else add(state, sign, operand)
         x.append(f"{ordinal} {name} {verb} {operand} .")
-        y.append(f"{ordinal} {verb} {operand} : {state} {sign} {operand} = {result} , now {result} .")
+        total = f"{state} {sign} {operand} = {result}"
+        y.append(f"{ordinal} {verb} {operand} : {total} , again {total} .")
         state = result
     if rng.random() < 0.5:  # a sentence about somebody else, to be left out
         x.insert(rng.randint(1, len(x)), f"{other} {gains.pop()} {rng.randint(*operands)} .")
@@ -126,9 +131,9 @@ def oracle_labels(y: list, z: list) -> list:
     At the head of a sentence the label is y's next one. Once a sentence of z leaves the form of y's (other words, not
     just other numbers) nothing right can be said before the next `.`: the label is z's own token, that is, masked.
 
-        y       first buys 15 : 25 + 15 = 40 , now 40 . second gives 9 : 40 - 9 = 31 , now 31 . #### 31 <eos>
-        z       first buys 15 : 25 + 15 = 39 , now 39 . second gives 9 : 39 - 9 = 30 , now 30 . #### 30 <eos>
-        labels  first buys 15 : 25 + 15 = 40 , now 40 . second gives 9 : 40 - 9 = 30 , now 31 . #### 31 <eos>
+        y       buys 15 : 25 + 15 = 40 , again 25 + 15 = 40 . second gives 9 : 40 - 9 = 31 , again 40 - 9 = 31 .
+        z       buys 15 : 25 + 15 = 39 , again 25 + 15 = 39 . second gives 9 : 39 - 9 = 30 , again 39 - 9 = 30 .
+        labels  buys 15 : 25 + 15 = 40 , again 25 + 15 = 40 . second gives 9 : 40 - 9 = 30 , again 40 - 9 = 30 .
 
     Takes and gives token ids or words; as long as z.
     """
@@ -205,19 +210,19 @@ def oracle(rows):
 
 
 def inject_error(y: list, seed: int | str) -> list:
-    """y up to and with one wrong result, put after an `=` of y's at random: a teacher-forced prefix. Ids or words."""
+    """y up to and with one wrong first result, of a step drawn at random: a teacher-forced prefix. Ids or words."""
     rng, words = random.Random(f"inject {seed}"), to_words(y)
-    j = rng.choice([j for j, word in enumerate(words) if word == "="]) + 1
+    j = rng.choice([j for j, word in enumerate(words) if word == "=" and words[j - 4] == ":"]) + 1
     wrong = rng.choice([number for number in NUMBERS if number != words[j]])
     return y[:j] + [IDS[wrong] if isinstance(y[0], int) else wrong]
 
 
 def recovery(y: list, prefix: list, continuation: list) -> dict[str, bool]:
-    """Did the continuation of an `inject_error` prefix restate the right value at once; was its final answer right?"""
+    """Did the continuation of an `inject_error` prefix repeat the sum rightly at once; was its final answer right?"""
     y, continuation = to_words(y), to_words(continuation)
-    value = y[len(prefix) - 1]  # the result that was replaced
+    check = y[len(prefix) :][:7]  # , again 25 + 15 = 40
     final = answer(" ".join(continuation))
-    return {"restated": continuation[:3] == [",", "now", value], "final": final == answer(" ".join(y))}
+    return {"restated": continuation[:7] == check, "final": final == answer(" ".join(y))}
 
 
 # ---- the base model ----
@@ -237,11 +242,13 @@ def flawed(y: list[str], rng: random.Random) -> list[str]:
         if word in NUMBERS:
             if before == "=" and 0 <= add(*z[-4:-1]) <= TOP and rng.random() < 0.5:
                 word = str(add(*z[-4:-1]))
-            elif before in (":", "now", "####") and rng.random() < 0.8:
+            elif before in (":", "####") and rng.random() < 0.8:
                 word = state
+            elif "again" in z[-3:] and rng.random() < 0.8:
+                word = z[-7]  # the check repeats the sum's own operands
             if rng.random() < rate:
                 word = rng.choice(NUMBERS)
-            if before in ("has", "=", "now"):
+            if before in ("has", "="):
                 state = word
         z.append(word)
     return z

@@ -1,6 +1,6 @@
 """Run by test_training.py, alone or under torchrun: every stage on every architecture, in one process a rank.
 
-    python all_stages.py WORLD NAME [flags]
+python all_stages.py WORLD NAME [flags]
 """
 
 import sys

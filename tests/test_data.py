@@ -42,7 +42,8 @@ QA = {"prompt": "Why?", "response": "Because."}
 RAC_CHAT = (
     "<|system|>\nYou are a helpful assistant to answer user's question. Your will be given both a question and "
     "reference response. You need to give a new response to the question and contain the main content in the "
-    "reference response.</s>\n<|user|>\nWhy?\nAnswer this question based on the following reference response: Because.</s>\n<|assistant|>\n"
+    "reference response.</s>\n<|user|>\nWhy?\nAnswer this question based on the following reference response: "
+    "Because.</s>\n<|assistant|>\n"
 )
 
 

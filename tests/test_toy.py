@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import toy
 
-Y = "amy has 25 . first buys 15 : 25 + 15 = 40 , now 40 . second gives 9 : 40 - 9 = 31 , now 31 . #### 31 <eos>".split()
+Y = (
+    "amy has 25 . first buys 15 : 25 + 15 = 40 , again 25 + 15 = 40 . second gives 9 : 40 - 9 = 31 , again 40 - 9 = 31 "
+    ". #### 31 <eos>"
+).split()
 
 
 def run(*args):
@@ -40,11 +43,11 @@ def test_problems_are_right_and_disjoint():
             words = row["response"].split()
             state = int(words[2])
             for j, word in enumerate(words):
-                if word == "=":
+                if word == "=" and words[j - 4] == ":":
                     assert int(words[j - 3]) == state
                     state = toy.add(*words[j - 3 : j])
-                    assert words[j + 1 : j + 4] == [str(state), ",", "now"] and words[j + 4] == str(state)
-            assert toy.answer(row["response"]) == str(state) and len(words) < 64
+                    assert words[j + 1] == str(state) and words[j + 2 : j + 9] == [",", "again", *words[j - 3 : j + 2]]
+            assert toy.answer(row["response"]) == str(state) and len(words) < 80
 
 
 def test_tokenizer():
@@ -103,7 +106,8 @@ def test_recovery(as_ids):
         assert prefix == toy.inject_error(y, seed)
         n = len(prefix)
         seen.add(n)
-        assert toy.to_words(prefix)[-2] == "=" and prefix[:-1] == y[: n - 1] and prefix[-1] != y[n - 1]
+        assert toy.to_words(prefix)[-6] == ":" and toy.to_words(prefix)[-2] == "="
+        assert prefix[:-1] == y[: n - 1] and prefix[-1] != y[n - 1]
         assert toy.recovery(y, prefix, y[n:]) == {"restated": True, "final": True}
         assert toy.recovery(y, prefix, y[-3:]) == {"restated": False, "final": True}
         assert toy.recovery(y, prefix, []) == {"restated": False, "final": False}
@@ -115,7 +119,7 @@ def test_documents():
     for kind in ("sums", "plain", "reference"):
         for _ in range(50):
             tokens, targets = toy.document(kind, 4, rng)
-            assert len(tokens) == len(targets) <= 200 and any(target >= 0 for target in targets)
+            assert len(tokens) == len(targets) <= 250 and any(target >= 0 for target in targets)
             if kind == "plain":
                 assert all(target in (token, -100) for token, target in zip(tokens[1:], targets))
 
