@@ -38,8 +38,8 @@ run() { # run STAGE.py FLAGS: in one process, or in NPROC under torchrun
 # The default's settings: chosen on the validation problems, reported on the test problems. E is the number of epochs of
 # the second stage. sft-more takes the same steps; sft-compute spends the methods' computation on SFT: a joint step is two
 # SFT steps, and drawing and labelling z costs about one epoch.
-TRAIN=500 TEST=400 BASE_STEPS=3000 SFT_EPOCHS=3 SFT_LR=7e-4 E=3 LR=5e-4
-if [ -n "${QUICK:-}" ]; then TRAIN=64 TEST=32 BASE_STEPS=100 SFT_EPOCHS=1 E=1; fi
+TRAIN=500 TEST=400 BASE_STEPS=900 SFT_EPOCHS=5 SFT_LR=7e-4 E=8 LR=1e-3
+if [ -n "${QUICK:-}" ]; then TRAIN=64 TEST=32 BASE_STEPS=40 SFT_EPOCHS=1 E=1; fi
 STAGE="--task toy --data $OUT/data/train.jsonl --batch-size 16 --micro-batch-size 16 --warmup 0.1"
 
 # 1. The task and a base model that knows its language and small numbers (toy.py says what it is taught) ---------------
