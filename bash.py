@@ -43,7 +43,7 @@ def make_d_s(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteratio
         y_hat = generate.mix(run.model, x, y, beta=args.beta, temperature=args.temperature, seed=seed, ids=ids)
         return [row | {"y_hat": mixed} for row, mixed in zip(rows, y_hat, strict=True)]
 
-    return ddp.offline(run.out / f"D_s_{iteration}", make, examples, run.model, run.tokenizer)
+    return run.offline(f"D_s_{iteration}", make, examples)
 
 
 def main() -> None:

@@ -273,14 +273,17 @@ class Run:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.phase = self.total = 0  # phases begun, steps done in all of them
         self.resume = {"phase": 0, "step": 0}
-        self.stopped = False
+        self.stopped = self._stepping = False
         self._log = open(self.out / "log.jsonl", "a") if RANK == 0 else None
         self._load_checkpoint()
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self._stop)
 
     def _stop(self, *_: object) -> None:
+        """SIGTERM, Ctrl-C: the step at hand is finished and checkpointed; between steps, finished chunks are kept."""
         self.stopped = True
+        if not self._stepping:
+            raise SystemExit("stopped; the same command goes on from there" if RANK == 0 else 1)
 
     def steps(self, rows: datasets.Dataset, epochs: float) -> Iterator[tuple[list[dict], list[list[dict]]]]:
         """Yields (rows of the global batch, this rank's micro-batches); when resumed with, takes the optimiser step.
@@ -300,7 +303,7 @@ class Run:
             self._load_optimizer()
         bar = tqdm(total=steps, initial=first, desc=f"{Path(sys.argv[0]).stem} {self.phase}", disable=RANK != 0)
         for step in range(first, steps):
-            started = time.time()
+            started, self._stepping = time.time(), True
             picked = batch_rows(len(rows), step, args.batch_size, fold_in(args.seed, phase))
             batch = [rows[i] for i in picked]
             mine = batch[RANK::WORLD]
@@ -325,10 +328,20 @@ class Run:
             last = step + 1 == steps
             if self.stopped or (args.checkpoint_every and (last or (step + 1) % args.checkpoint_every == 0)):
                 self._save_checkpoint({"phase": phase + last, "step": 0 if last else step + 1})
+            self._stepping = False
             if self.stopped:
                 bar.close()
-                raise SystemExit(f"stopped after step {step + 1}; the same command goes on from there")
+                raise SystemExit(
+                    f"stopped after step {step + 1}; the same command goes on from there" if RANK == 0 else 1
+                )
         bar.close()
+
+    def offline(self, name: str, make: Callable[[list[dict]], list[dict]], rows: datasets.Dataset) -> datasets.Dataset:
+        """The data set --out/name that make(rows) gives by the current weights; see `offline`. For the next phase."""
+        begun = (self.phase, 0) < (self.resume["phase"], self.resume["step"])
+        if begun and not (self.out / name).exists():
+            raise ValueError(f"{self.out / name} is gone, and cannot be made again by weights that have moved on")
+        return offline(self.out / name, make, rows, self.model, self.tokenizer)
 
     def backward(self, **terms: torch.Tensor) -> None:
         """Adds the gradients of the sum of the terms, each this rank's share of a global mean, for one micro-batch."""

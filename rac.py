@@ -90,7 +90,7 @@ def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteratio
             for r, z_i, z_bar_i in zip(rows, z, z_bar, strict=True)
         ]
 
-    return ddp.offline(run.out / f"D_r_{iteration}", make, examples, run.model, run.tokenizer)
+    return run.offline(f"D_r_{iteration}", make, examples)
 
 
 def describe(d_r: Dataset) -> dict[str, float]:

@@ -98,7 +98,7 @@ results=()
 for method in sft $METHODS; do
     for seed in $SEEDS; do results+=("$OUT/seed-$seed/$method/eval/results.json"); done
 done
-"$PYTHON" evaluate.py table "${results[@]}" --baseline sft-more --out "$OUT/table"
+"$PYTHON" evaluate.py table "${results[@]}" --out "$OUT/table"
 cat << END
 
 Files to look at: $OUT/table.md and .json (this table), $OUT/seed-*/METHOD (a Hugging Face folder each, with log.jsonl and

@@ -1,0 +1,38 @@
+"""run.sh from nothing to the table, and again: the second call makes nothing new."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("run") / "out"
+
+
+def run(out, **env):
+    flags = {"QUICK": "1", "OUT": str(out), "PYTHON": sys.executable, "METHODS": "sft-more rac rac-oracle", **env}
+    return subprocess.run(["bash", "run.sh"], cwd=ROOT, env={**os.environ, **flags}, capture_output=True, text=True)
+
+
+def test_the_whole_path_and_a_second_call(out):
+    first = run(out)
+    assert first.returncode == 0, first.stderr[-2000:]
+    for name in ("sft", "sft-more", "rac", "rac-oracle"):
+        assert f"\n| {name} |" in first.stdout
+        assert (out / "seed-1" / name / "model.safetensors").exists()
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    second = run(out)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert second.stdout[second.stdout.index("| Method") :] == first.stdout[first.stdout.index("| Method") :]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == made
+
+
+def test_an_unknown_method_is_named(out):
+    done = run(out, METHODS="magic")
+    assert done.returncode != 0 and "unknown method magic" in done.stdout + done.stderr
