@@ -28,8 +28,17 @@ if [ "${1:-}" = test ]; then
 fi
 
 OUT=${OUT:-out${QUICK:+-quick}} SEEDS=${SEEDS:-1} NPROC=${NPROC:-1} JOBS=${JOBS:-$(($(nproc) / ${NPROC:-1}))}
+JOBS=$((JOBS > 0 ? JOBS : 1))
+trap 'trap - INT TERM; kill 0' INT TERM # Ctrl-C ends the jobs in the background, too
 METHODS=${METHODS:-sft-more sft-compute scs bash rac rac-oracle}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+for method in $METHODS; do
+    case $method in
+        sft-more | sft-compute | scs | bash | rac) ;;
+        rac-oracle) case " $METHODS " in *" rac "*) ;; *) echo "run.sh: rac-oracle needs rac in METHODS" >&2; exit 2 ;; esac ;;
+        *) echo "run.sh: METHODS has no method $method" >&2; exit 2 ;;
+    esac
+done
 run() { # run STAGE.py FLAGS: in one process, or in NPROC under torchrun
     if [ "$NPROC" -gt 1 ]; then "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$@"
     else "$PYTHON" "$@"; fi
@@ -40,30 +49,29 @@ run() { # run STAGE.py FLAGS: in one process, or in NPROC under torchrun
 # SFT steps, and drawing and labelling z costs about one epoch.
 TRAIN=500 TEST=400 BASE_STEPS=900 SFT_EPOCHS=5 SFT_LR=7e-4 E=8 LR=1e-3
 if [ -n "${QUICK:-}" ]; then TRAIN=64 TEST=32 BASE_STEPS=40 SFT_EPOCHS=1 E=1; fi
-STAGE="--task toy --data $OUT/data/train.jsonl --batch-size 16 --micro-batch-size 16 --warmup 0.1"
+STAGE="--task toy --batch-size 16 --micro-batch-size 16 --warmup 0.1"
 
 # 1. The task and a base model that knows its language and small numbers (toy.py says what it is taught) ---------------
 mkdir -p "$OUT"
-[ -e "$OUT/data/test.jsonl" ] || "$PYTHON" toy.py data --out "$OUT/data" --train $TRAIN --test $TEST
-[ -e "$OUT/base/config.json" ] || { echo "[1] base model"; "$PYTHON" toy.py base --out "$OUT/base" --steps $BASE_STEPS; }
+[ -e "$OUT/base" ] || { echo "[1] base model"; "$PYTHON" toy.py base --out "$OUT/base" --steps $BASE_STEPS; }
 
 # 2. Every method, from one SFT model for each seed ------------------------------------------------------------------
 train() { # train METHOD SEED
     local dir=$OUT/seed-$2 more
-    more="--model $dir/sft $STAGE --seed $2 --lr $LR --out $dir/$1"
+    more="--model $dir/sft $STAGE --data $dir/data/train.jsonl --seed $2 --lr $LR --out $dir/$1"
     case $1 in
-        sft) run sft.py --model "$OUT/base" $STAGE --seed "$2" --lr $SFT_LR --epochs $SFT_EPOCHS --out "$dir/sft" ;;
+        sft) run sft.py --model "$OUT/base" $STAGE --data "$dir/data/train.jsonl" --seed "$2" --lr $SFT_LR \
+            --epochs $SFT_EPOCHS --out "$dir/sft" ;;
         sft-more) run sft.py $more --epochs $E ;;
         sft-compute) run sft.py $more --epochs $((2 * E + 1)) ;;
         scs | bash | rac) run "$1.py" $more --epochs $E ;;
         rac-oracle) # the control: RAC's own z with the right labels
             [ -e "$dir/D_r_oracle" ] || "$PYTHON" toy.py oracle --pairs "$dir/rac/D_r_1" --out "$dir/D_r_oracle"
             run rac.py $more --epochs $E --pairs "$dir/D_r_oracle" ;;
-        *) echo "run.sh: unknown method $1 in METHODS" >&2; exit 2 ;;
     esac
 }
 evaluate() { # evaluate METHOD SEED
-    run evaluate.py run --model "$OUT/seed-$2/$1" --task toy --data "$OUT/data/test.jsonl" --split test \
+    run evaluate.py run --model "$OUT/seed-$2/$1" --task toy --data "$OUT/seed-$2/data/test.jsonl" --split test \
         --name "$1" --seed "$2" --out "$OUT/seed-$2/$1/eval"
 }
 job() { # job METHOD SEED: trains and evaluates, into a log file
@@ -78,6 +86,8 @@ job() { # job METHOD SEED: trains and evaluates, into a log file
 }
 for seed in $SEEDS; do
     mkdir -p "$OUT/seed-$seed"
+    # a training set for each seed; the test set is always the same
+    [ -e "$OUT/seed-$seed/data" ] || "$PYTHON" toy.py data --out "$OUT/seed-$seed/data" --seed "$seed" --train $TRAIN --test $TEST
     echo "[2] seed $seed: sft"
     train sft "$seed"
     echo "    seed $seed: evaluation of sft, then $METHODS ($JOBS at a time; logs in $OUT/seed-$seed/)"

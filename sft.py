@@ -33,6 +33,8 @@ def sft_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple
 
 def sft_phase(run: ddp.Run, examples: Dataset, epochs: float) -> None:
     """Algorithm 1 and 2, lines 2 to 6: Eq. 1 alone."""
+    if not epochs:
+        return
     for batch, micro_batches in run.steps(examples, epochs):
         n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
         for rows in micro_batches:

@@ -27,6 +27,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -86,10 +87,11 @@ def problems(n: int, seed: int | str, operands=(2, 15), n_steps=(3, 4), exclude=
 
 
 def splits(train=500, valid=300, test=400, seed=0) -> dict[str, list[dict]]:
-    """The three sets, disjoint by prompt. Settings are chosen on valid; tables are made on test."""
+    """The three sets, disjoint by prompt. Settings are chosen on valid, tables are made on test: both are always the
+    same problems; only train depends on the seed."""
     out, seen = {}, set()
-    for split, n in (("test", test), ("valid", valid), ("train", train)):
-        out[split] = problems(n, f"{split} {seed}", exclude=seen)
+    for split, n, key in (("test", test, "test"), ("valid", valid, "valid"), ("train", train, f"train {seed}")):
+        out[split] = problems(n, key, exclude=seen)
         seen |= {row["prompt"] for row in out[split]}
     return out
 
@@ -276,9 +278,11 @@ def document(kind: str, most: int, rng: random.Random) -> tuple[list[int], list[
         x, y = problem(rng, (2, 15) if arbitrary else (2, 9), (1, most), arbitrary)
         prompt, z = REFERENCE_TEMPLATE.format(x=" ".join(x), y=" ".join(y)).split(), flawed(y, rng) + ["<eos>"]
         targets = oracle_labels(y, z)
-        for j in range(2, len(z)):
-            if z[j - 1] == "=" and z[j - 2] not in NUMBERS[:10] and targets[j] not in y:
-                targets[j] = None
+        stated = f" {' '.join(y)} "
+        for j in range(4, len(z)):
+            if z[j - 1] == "=" and f" {' '.join([*z[j - 4 : j], targets[j]])} " not in stated:  # not to be read off y
+                if z[j - 2] not in NUMBERS[:10] or not 0 <= add(*z[j - 4 : j - 1]) <= TOP:
+                    targets[j] = None
     targets = [None] * len(prompt) + targets
     return [IDS[word] for word in prompt + z][:-1], [-100 if word is None else IDS[word] for word in targets][1:]
 
@@ -375,15 +379,19 @@ def main():
     text.add_argument("--width", type=int, default=128)
     args = parser.parse_args()
 
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} exists already; choose another folder or delete it")
+    partial = args.out.with_name(args.out.name + ".partial")  # renamed at the end: what is there is whole
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     torch.manual_seed(args.seed)
     if args.command == "data":
-        args.out.mkdir(parents=True, exist_ok=True)
         for split, rows in splits(args.train, args.valid, args.test, args.seed).items():
-            (args.out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (partial / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif args.command == "oracle":
         from datasets import load_from_disk
 
-        oracle(load_from_disk(args.pairs)).save_to_disk(args.out)
+        oracle(load_from_disk(args.pairs)).save_to_disk(partial)
     else:
         tok = tokenizer() if args.command == "base" else byte_tokenizer(args.text, args.vocab)
         special_ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -391,9 +399,12 @@ def main():
             model = train_base(new_model(len(tok), **special_ids), args.steps, args.seed)
         else:
             model = new_model(len(tok), args.layers, args.width, 2048, **special_ids)
-        model.save_pretrained(args.out)
-        tok.save_pretrained(args.out)
+        model.save_pretrained(partial)
+        tok.save_pretrained(partial)
+    partial.rename(args.out)
 
 
 if __name__ == "__main__":
-    main()
+    import ddp_utils
+
+    ddp_utils.cli(main)

@@ -25,7 +25,7 @@ for task in "${@:-gsm8k tldr ultrachat}"; do for task in $task; do
     esac
     data="--task $task $columns $lengths"
     stage="$data --data $train --batch-size 32 --micro-batch-size 8"
-    [ -e "$dir/base/config.json" ] || "$PYTHON" toy.py bytes --out "$dir/base" --text "$train" --vocab 2048
+    [ -e "$dir/base" ] || "$PYTHON" toy.py bytes --out "$dir/base" --text "$train" --vocab 2048
     "$PYTHON" sft.py --model "$dir/base" $stage --limit 1600 --lr 2e-3 --epochs 3 --out "$dir/sft"
     for method in sft sft-more scs bash rac; do
         while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done

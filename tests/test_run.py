@@ -35,4 +35,4 @@ def test_the_whole_path_and_a_second_call(out):
 
 def test_an_unknown_method_is_named(out):
     done = run(out, METHODS="magic")
-    assert done.returncode != 0 and "unknown method magic" in done.stdout + done.stderr
+    assert done.returncode != 0 and "METHODS has no method magic" in done.stdout + done.stderr
