@@ -36,11 +36,11 @@ def bash_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tupl
 
 def make_d_s(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
     """D_s = {(x, y, y_hat)} by the current model (Algorithm 1, line 8): y_hat is y mixed with model tokens, Eq. 4."""
-    seed = ddp.fold_in(args.seed, iteration)
+    options = {"beta": args.beta, "temperature": args.temperature, "batch_size": args.generation_batch_size}
 
     def make(rows: list[dict]) -> list[dict]:
         x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
-        y_hat = generate.mix(run.model, x, y, beta=args.beta, temperature=args.temperature, seed=seed, ids=ids)
+        y_hat = generate.mix(run.model, x, y, seed=ddp.fold_in(args.seed, iteration), ids=ids, **options)  # Eq. 4
         return [row | {"y_hat": mixed} for row, mixed in zip(rows, y_hat, strict=True)]
 
     return run.offline(f"D_s_{iteration}", make, examples)
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in y_hat")
     parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of y_hat")
     parser.add_argument("--pairs", help="a D_s to use in the first iteration instead of making one")
+    parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
     run, examples = ddp.start(args, data.load)
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6

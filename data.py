@@ -58,7 +58,7 @@ def chat(tokenizer, user: str, system: str = "") -> str:
 def tldr_x(row: dict, tokenizer, limit: int) -> str:
     """The OpenAI TL;DR query. While it is too long the post is cut at its last newline, or loses a character."""
     title = "".join(f"{key.upper()}: {prefix}{row[key]}\n\n" for key, prefix in TLDR_HEAD.items() if row.get(key))
-    post = row["post"]
+    post = row["prompt"]
     while True:
         text = f"{title}POST: {post}\n\nTL;DR:"
         over = len(tokenize(tokenizer, text)) - limit
@@ -113,7 +113,7 @@ MATH_CONFIGS = (
 TASKS = {
     "toy": Task(
         (), ("train", "test"), "prompt", "response", 128, 96,
-        x=lambda row, tokenizer, limit: row["prompt"],
+        before_response=" ", x=lambda row, tokenizer, limit: row["prompt"],
         f=lambda row, tokenizer, limit: TOY_F.format(x=row["prompt"], y=row["response"]),
     ),
     "tldr": Task(
@@ -136,7 +136,10 @@ TASKS = {
 def read(path: str) -> list[dict]:
     """The rows of a local .jsonl, .json (a list) or .parquet file. Raises ValueError naming file and line."""
     if path.endswith(".parquet"):
-        return datasets.Dataset.from_parquet(path).to_list()
+        try:
+            return datasets.Dataset.from_parquet(path).to_list()
+        except Exception as error:
+            raise ValueError(f"{path}: not a readable parquet file ({type(error).__name__})") from None
     try:
         with open(path, encoding="utf-8") as file:
             if path.endswith(".json"):
@@ -161,7 +164,14 @@ def read(path: str) -> list[dict]:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
 
 
-def load_rows(task: str, path: str | None = None, split: str = "train", columns: str = "") -> list[dict]:
+def load_rows(
+    task: str,
+    path: str | None = None,
+    split: str = "train",
+    columns: str = "",
+    limit: int = 0,
+    need_response: bool = True,
+) -> list[dict]:
     """Rows with at least `prompt` and `response` (strings) and `id` (the row's index in the source).
 
     path: a local file, another hub set, or None for the task's own hub set. split: "train" or "test" (hub sets only).
@@ -195,26 +205,35 @@ def load_rows(task: str, path: str | None = None, split: str = "train", columns:
         wanted[key] = value
     if not len(rows):
         raise ValueError(f"{source}: no rows")
-    return [{**row, **one_row(row, wanted, f"{source}, row {i}"), "id": i} for i, row in enumerate(rows)]
+    used = {name for names in wanted.values() for name in names.split("+")}  # no template may read the response twice
+    found = []
+    for i in range(min(len(rows), limit or len(rows))):
+        row, where = rows[i], f"{source}, row {i}"
+        others = {name: value for name, value in row.items() if name not in used}
+        found.append({**others, **one_row(row, wanted, where, need_response), "id": i})
+    return found
 
 
-def one_row(row: dict, wanted: dict[str, str], where: str) -> dict[str, str]:
+def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool = True) -> dict[str, str]:
     """`prompt` and `response` of a row, checked. `where` names the row in errors."""
     texts = {}
     for key, names in wanted.items():
         parts = []
         for name in names.split("+"):
+            if name not in row and key == "response" and not need_response:
+                continue
             if name not in row:
                 raise ValueError(f"{where}: no column {name!r} for the {key}; there are {', '.join(row)} (--columns)")
             value = row[name]
             if name == "messages" and isinstance(value, list):  # a dialogue: the first answer
-                value = next((turn.get("content") for turn in value if turn.get("role") == "assistant"), "")
+                turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "assistant"]
+                value = turns[0].get("content") if turns else ""
             if not isinstance(value, str):
                 raise ValueError(f"{where}: column {name!r} is {type(value).__name__}, not text")
             if value.strip():
                 parts.append(value)
         texts[key] = "\n\n".join(parts)
-        if not texts[key]:
+        if not texts[key] and (key == "prompt" or need_response):
             raise ValueError(f"{where}: empty {key} (column {names!r}); remove the row")
     return texts
 
@@ -249,21 +268,23 @@ def examples(
     max_prompt: int = 0,
     max_response: int = 0,
     max_reference: int = 0,
+    need_response: bool = True,
 ) -> tuple[datasets.Dataset, list[str]]:
     """Tokenised examples, and notes on what was cut or left out, for the caller to print.
 
     Returns a data set with columns id, x, y (ends in EOS unless cut), and, with max_reference > 0, f (the labelling
-    prompt f(x, y)). limit keeps the first rows; a limit of 0 means the task's own. Raises ValueError.
+    prompt f(x, y)). limit keeps the first rows; a limit of 0 means the task's own. need_response=False takes rows with
+    none, too (y is EOS alone then). Raises ValueError.
     """
     spec = TASKS[task]
     max_prompt, max_response = max_prompt or spec.max_prompt, max_response or spec.max_response
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token: a model could not learn to stop; set tokenizer.eos_token")
-    rows = load_rows(task, data, split, columns)
-    rows = rows[:limit] if limit else rows
+    rows = load_rows(task, data, split, columns, limit, need_response)
     kept, cut, long_x, long_f = [], 0, [], []
     for row in rows:
-        x, y = encode(tokenizer, spec.x(row, tokenizer, max_prompt), spec.before_response + row["response"].strip())
+        response = spec.before_response + row["response"].strip()
+        x, y = encode(tokenizer, spec.x(row, tokenizer, max_prompt), response)
         example = {"id": row["id"], "x": x, "y": y[:max_response]}
         if max_reference:
             example["f"] = tokenize(tokenizer, spec.f(row, tokenizer, max_prompt))
@@ -287,14 +308,16 @@ def examples(
     return datasets.Dataset.from_list(kept), notes
 
 
-def load(args: argparse.Namespace, tokenizer, split: str = "train") -> tuple[datasets.Dataset, list[str]]:
+def load(
+    args: argparse.Namespace, tokenizer, split: str = "train", need_response: bool = True
+) -> tuple[datasets.Dataset, list[str]]:
     """`examples` with the flags of a command line."""
     names = ("data", "columns", "limit", "max_prompt", "max_response", "max_reference")
     chosen = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if chosen.get("max_reference") == 0:
         spec = TASKS[args.task]
         chosen["max_reference"] = (args.max_prompt or spec.max_prompt) + (args.max_response or spec.max_response) + 128
-    return examples(args.task, tokenizer, split=split, **chosen)
+    return examples(args.task, tokenizer, split=split, need_response=need_response, **chosen)
 
 
 # ---------------------------------------------------------------------------------------------- batches

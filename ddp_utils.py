@@ -92,6 +92,11 @@ def fold_in(seed: int, *numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def first_line(error: Exception) -> str:
+    """Of another library's message, which may have many lines or none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def cli(main: Callable[[], None]) -> None:
     """Runs a script's main. A user's mistake (ValueError, OSError) is one line, not a stack trace; DEBUG=1 shows it."""
     try:
@@ -99,11 +104,10 @@ def cli(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("DEBUG"):
             raise
-        if RANK == 0:
-            message = " ".join(str(error).split())
-            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1)  # let rank 0 say it before torchrun ends everyone
+        if RANK:
+            time.sleep(2)  # what rank 0 says as well is said once: torchrun ends the others meanwhile
+        who = f"rank {RANK}: " if RANK else ""
+        print(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
         os._exit(2) if WORLD > 1 else sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -163,7 +167,7 @@ def load_tokenizer(path: str) -> AutoTokenizer:
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a missing or broken tokenizer shows as OSError, ValueError, TypeError or ImportError
-        raise OSError(f"--model {path}: no tokenizer could be loaded ({str(error).strip().splitlines()[0]})") from None
+        raise OSError(f"--model {path}: no tokenizer could be loaded ({first_line(error)})") from None
 
 
 def load_model(path: str, dtype: str = "float32") -> torch.nn.Module:
@@ -177,7 +181,7 @@ def load_model(path: str, dtype: str = "float32") -> torch.nn.Module:
         config = AutoConfig.from_pretrained(path)
         whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) if RANK == 0 else None
     except Exception as error:
-        raise OSError(f"--model {path}: could not be loaded ({str(error).strip().splitlines()[0]})") from None
+        raise OSError(f"--model {path}: could not be loaded ({first_line(error)})") from None
     if WORLD == 1 and dtype == "float32":
         return whole.eval().to(device)
     with torch.device("meta"):
@@ -273,20 +277,20 @@ class Run:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.phase = self.total = 0  # phases begun, steps done in all of them
         self.resume = {"phase": 0, "step": 0}
-        self.stopped = self._stepping = False
+        self.stopped = self._signal = self._stepping = False
         self._log = open(self.out / "log.jsonl", "a") if RANK == 0 else None
         self._load_checkpoint()
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self._stop)
 
     def _stop(self, *_: object) -> None:
-        """SIGTERM, Ctrl-C: the step at hand is finished and checkpointed; between steps, finished chunks are kept."""
-        self.stopped = True
+        """SIGTERM, Ctrl-C: while training, all ranks stop after one step, with a checkpoint; else at once."""
+        self._signal = True
         if not self._stepping:
             raise SystemExit("stopped; the same command goes on from there" if RANK == 0 else 1)
 
     def steps(self, rows: datasets.Dataset, epochs: float) -> Iterator[tuple[list[dict], list[list[dict]]]]:
-        """Yields (rows of the global batch, this rank's micro-batches); when resumed with, takes the optimiser step.
+        """Yields (rows of the global batch, this rank's micro-batches); steps when the loop asks for the next batch.
 
         A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row.
         Ranks with fewer rows get rows with empty sequences, so that all ranks take part in every pass.
@@ -302,8 +306,9 @@ class Run:
         if first:
             self._load_optimizer()
         bar = tqdm(total=steps, initial=first, desc=f"{Path(sys.argv[0]).stem} {self.phase}", disable=RANK != 0)
+        self._stepping = True
         for step in range(first, steps):
-            started, self._stepping = time.time(), True
+            started = time.time()
             picked = batch_rows(len(rows), step, args.batch_size, fold_in(args.seed, phase))
             batch = [rows[i] for i in picked]
             mine = batch[RANK::WORLD]
@@ -328,12 +333,12 @@ class Run:
             last = step + 1 == steps
             if self.stopped or (args.checkpoint_every and (last or (step + 1) % args.checkpoint_every == 0)):
                 self._save_checkpoint({"phase": phase + last, "step": 0 if last else step + 1})
-            self._stepping = False
             if self.stopped:
                 bar.close()
                 raise SystemExit(
                     f"stopped after step {step + 1}; the same command goes on from there" if RANK == 0 else 1
                 )
+        self._stepping = False
         bar.close()
 
     def offline(self, name: str, make: Callable[[list[dict]], list[dict]], rows: datasets.Dataset) -> datasets.Dataset:
@@ -356,9 +361,9 @@ class Run:
         """Clips, steps and returns what to log. Raises ValueError at a loss or gradient that is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.args.clip or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        sums = torch.tensor([*map(float, self._terms.values()), float(self.stopped)], device=self.device)
+        sums = torch.tensor([*map(float, self._terms.values()), float(self._signal)], device=self.device)
         *terms, stopped = all_sum(sums).tolist()
-        self.stopped = stopped > 0  # all ranks stop at the same step
+        self.stopped = stopped > 0  # agreed: all ranks stop at the same step
         if not math.isfinite(norm + sum(terms)):
             ids = ", ".join(str(row.get("id")) for row in batch)
             raise ValueError(f"step {self.total + 1}: loss {terms} or gradient norm {norm} is not finite; rows {ids}")
@@ -429,10 +434,12 @@ class Run:
 def start(
     args: argparse.Namespace,
     load_examples: Callable[[argparse.Namespace, AutoTokenizer], tuple[datasets.Dataset, list[str]]],
+    max_new_tokens: int = 0,
 ) -> tuple[Run, datasets.Dataset]:
     """Opens --out, then reads tokenizer, examples and model: a mistake in the data shows before the weights are read.
 
-    Ends the program where the same command has finished before."""
+    max_new_tokens: of what the stage will generate after x, and read after f(x, y). Ends the program where the same
+    command has finished before."""
     init()
     if not open_out(args):
         raise SystemExit(0)
@@ -443,7 +450,7 @@ def start(
     if len(examples) < WORLD:
         raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
     model = load_model(args.model, args.dtype)
-    tokens = max(max(len(row["x"]), len(row.get("f", []))) + len(row["y"]) for row in examples)
+    tokens = max(max(len(row["x"]), len(row.get("f", []))) + max(len(row["y"]), max_new_tokens) for row in examples)
     check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
     size = min(args.batch_size, len(examples))
     accumulation = math.ceil(math.ceil(size / WORLD) / args.micro_batch_size)
@@ -459,13 +466,16 @@ def write_json(path: Path, value: object) -> None:
     partial.rename(path)
 
 
+FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size")  # flags that change no result
+
+
 def open_out(args: argparse.Namespace) -> bool:
     """Claims --out for this command and writes args.json. False: this very command has finished there before.
 
     Raises ValueError where --out holds another command's run (naming the flags that differ), or is in use.
     """
     out = Path(args.out)
-    flags = {key: value for key, value in vars(args).items() if key not in ("out", "checkpoint_every")}
+    flags = {key: value for key, value in vars(args).items() if key not in FREE}
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")  # noqa: SIM115  held until the process ends
@@ -567,10 +577,16 @@ def read_pairs(folder: str, pair: tuple[str, str], tokenizer: AutoTokenizer) -> 
     if source.exists() and json.loads(source.read_text()).get("tokenizer") != fingerprint(tokenizer):
         raise ValueError(f"--pairs {folder}: was made with another tokenizer than this model's")
     for i, row in enumerate(data):
-        a, b = (row[name] for name in pair)
-        if len(a) != len(b):
-            raise ValueError(f"--pairs {folder}, row {i}: {pair[0]} has {len(a)} tokens, {pair[1]} has {len(b)}")
-        top = max(max(row[name], default=0) for name in columns)
-        if top >= len(tokenizer):
-            raise ValueError(f"--pairs {folder}, row {i}: token id {top}, the tokenizer ends at {len(tokenizer) - 1}")
+        for name in sorted(columns):
+            ids = row[name]
+            if not (isinstance(ids, list) and ids and all(isinstance(token, int) for token in ids)):
+                raise ValueError(f"--pairs {folder}, row {i}: {name} must be a list of token ids, and not empty")
+            if not 0 <= min(ids) <= max(ids) < len(tokenizer):
+                raise ValueError(
+                    f"--pairs {folder}, row {i}: {name} has ids from {min(ids)} to {max(ids)}, the tokenizer's end at "
+                    f"{len(tokenizer) - 1}"
+                )
+        a, b = (len(row[name]) for name in pair)
+        if a != b:
+            raise ValueError(f"--pairs {folder}, row {i}: {pair[0]} has {a} tokens, {pair[1]} has {b}")
     return data

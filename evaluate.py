@@ -233,7 +233,7 @@ def train_seconds(folder: str) -> float | None:
 def claim(args: argparse.Namespace) -> bool:
     """Claims --out for these flags. False where they are done; ValueError where --out holds what other flags made."""
     out = Path(args.out)
-    if (out / "results.json").exists() or any(out.glob("exposure*")) or any(out.glob("generations-t*")):
+    if any(made for name in ("results.json", "generations*", "exposure*", "recovery*") for made in out.glob(name)):
         old = json.loads((out / "args.json").read_text()) if (out / "args.json").exists() else {}
         flags = {key: value for key, value in vars(args).items() if key not in ("out", "batch_size")}
         differ = [key for key in flags if old.get(key) != flags[key]]

@@ -458,9 +458,11 @@ def check(
     limit = getattr(model.config, "max_position_embeddings", None)
     for i, (prompt, length) in enumerate(zip(prompts, lengths)):
         if not prompt:
-            raise ValueError(f"prompt {i} is empty; a model without a BOS token still needs one token to begin from")
+            raise ValueError(
+                f"prompt {ids[i]} is empty; a model without a BOS token still needs one token to begin from"
+            )
         if limit and len(prompt) + length > limit:
-            raise ValueError(f"prompt {i}: {len(prompt)} + {length} tokens exceed the model's {limit} positions")
+            raise ValueError(f"prompt {ids[i]}: {len(prompt)} + {length} tokens exceed the model's {limit} positions")
     return ids
 
 
@@ -499,14 +501,15 @@ def main() -> None:
     out, flags = Path(args.out), Path(args.out + ".args.json")
     if out.exists():
         raise ValueError(f"--out {out} exists already; choose another file or delete it")
-    if flags.exists() and json.loads(flags.read_text()) != vars(args):
-        raise ValueError(f"{flags} belongs to an unfinished call with other flags; choose another --out or delete it")
+    begun = [*out.parent.glob(out.name + ".*")]
+    if begun and not (flags.exists() and json.loads(flags.read_text()) == vars(args)):
+        raise ValueError(f"{out}.* are left from a call with other flags; choose another --out or delete them")
     ddp.barrier()
     if ddp.RANK == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         ddp.write_json(flags, vars(args))
     tokenizer = ddp.load_tokenizer(args.model)
-    examples, notes = data.load(args, tokenizer, args.split)
+    examples, notes = data.load(args, tokenizer, args.split, need_response=False)
     for note in notes:
         ddp.print0(note)
     model = ddp.load_model(args.model, args.dtype)

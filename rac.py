@@ -14,10 +14,11 @@ would write after each z^{<j}: the label z_bar^j. Where they differ, the model l
 Each iteration writes D_r to OUT/D_r_1, OUT/D_r_2, ... (a `datasets` folder: id, x, y, z, z_bar); --pairs reads one.
 
 Departures from the paper
-- Algorithm 2 steps along -grad J of a log-likelihood; that sign is a slip: we minimise -J. Token means, as in sft.py;
-  a masked position adds 0 to the sum of Eq. 7 and still counts, since the paper keeps the mask inside the sum.
+- Algorithm 2 steps along -grad J of a log-likelihood; that sign is a slip: we minimise -J.
+- Algorithm 2 divides both sums by |B|; here each is a mean over its own tokens, of y and of z, so that a long z
+  does not outweigh y. A masked position adds 0 to the sum of Eq. 7 and still counts: the paper's mask is in the sum.
 - The paper does not say how z is drawn: --temperature is 1 (Eq. 2), and z has at most --max-response tokens.
-- f(x, y) has a limit of its own, --max-reference: a row over it is left out and counted, y is never cut in silence.
+- f(x, y) has a limit of its own, --max-reference. A row over it is left out, of J_SFT too, and counted; y is never cut.
 - Each iteration has its own AdamW and schedule, so that --iterations 2 is two runs in a row.
 """
 
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 import data
 import ddp_utils as ddp
@@ -55,7 +57,7 @@ def rac_loss(
 
 @torch.no_grad()
 def rac_labels(
-    model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], batch_size: int = 32
+    model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], batch_size: int = 8
 ) -> list[list[int]]:
     """z_bar^j = arg max p(. | f(x, y), z^{<j}) for all j from one teacher-forced pass over [f(x, y), z].
 
@@ -76,6 +78,7 @@ def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteratio
     """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13)."""
     options = {
         "max_new_tokens": args.max_response or data.TASKS[args.task].max_response,
+        "batch_size": args.generation_batch_size,
         "eos_token_id": run.tokenizer.eos_token_id,
         "temperature": args.temperature,
         "seed": ddp.fold_in(args.seed, iteration),
@@ -84,7 +87,7 @@ def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteratio
     def make(rows: list[dict]) -> list[dict]:
         drawn = generate.generate(run.model, [r["x"] for r in rows], ids=[r["id"] for r in rows], **options)  # Eq. 2
         z = [samples[0] for samples in drawn]
-        z_bar = rac_labels(run.model, [r["f"] for r in rows], z)
+        z_bar = rac_labels(run.model, [r["f"] for r in rows], z, args.micro_batch_size)
         return [
             {"id": r["id"], "x": r["x"], "y": r["y"], "z": z_i, "z_bar": z_bar_i}
             for r, z_i, z_bar_i in zip(rows, z, z_bar, strict=True)
@@ -107,10 +110,10 @@ def describe(d_r: Dataset) -> dict[str, float]:
     }
 
 
-def report(d_r: Dataset, task: str, path: Path) -> None:
+def report(d_r: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, path: Path) -> None:
     """Prints and writes what a D_r holds; on the toy task, where the right labels are known, also how good they are."""
     found = describe(d_r)
-    if task == "toy":
+    if task == "toy" and toy.IDS.items() <= tokenizer.get_vocab().items():
         found |= toy.label_quality(d_r["y"], d_r["z"], d_r["z_bar"])
     ddp.print0(f"{path.stem}:", ", ".join(f"{key} {value:.4g}" for key, value in found.items() if value is not None))
     if found.get("precision") is not None and found["precision"] < POOR:
@@ -131,8 +134,9 @@ def main() -> None:
     parser.add_argument("--max-reference", type=ddp.count, default=0, help="tokens of f(x, y) (0: x + y + 128)")
     parser.add_argument("--unmasked", action="store_true", help="Eq. 6 instead of Eq. 7")
     parser.add_argument("--pairs", help="a D_r to use in the first iteration instead of making one")
+    parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
-    run, examples = ddp.start(args, data.load)
+    run, examples = ddp.start(args, data.load, args.max_response or data.TASKS[args.task].max_response)
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
     for iteration in range(1, args.iterations + 1):  # line 7
@@ -140,7 +144,7 @@ def main() -> None:
             d_r = ddp.read_pairs(args.pairs, ("z", "z_bar"), run.tokenizer)
         else:
             d_r = make_d_r(run, examples, args, iteration)  # lines 8-13
-        report(d_r, args.task, run.out / f"D_r_{iteration}.json")
+        report(d_r, run.tokenizer, args.task, run.out / f"D_r_{iteration}.json")
         for batch, micro_batches in run.steps(d_r, args.epochs):  # lines 14-15
             n_y = sum(len(row["y"]) for row in batch)  # tokens of the global batch
             n_z = sum(len(row["z"]) for row in batch)  # masked ones included

@@ -35,7 +35,8 @@ def scs_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple
 def mixed(model: torch.nn.Module, rows: list[dict], args: argparse.Namespace, seed: int) -> list[list[int]]:
     """g of Eq. 4 for each row, by the current weights."""
     x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
-    return generate.mix(model, x, y, beta=args.beta, temperature=args.temperature, seed=seed, ids=ids)
+    options = {"beta": args.beta, "temperature": args.temperature, "batch_size": args.generation_batch_size}
+    return generate.mix(model, x, y, seed=seed, ids=ids, **options)
 
 
 def main() -> None:
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--sft-weight", type=ddp.number(0), default=0.0, help="of J_SFT beside J_SCS")
     parser.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in g")
     parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of g")
+    parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
     run, examples = ddp.start(args, data.load)
     sft_phase(run, examples, args.sft_epochs)

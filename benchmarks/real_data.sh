@@ -9,38 +9,51 @@
 # About ten minutes a task on two cores. Writes results/real/TASK.md and .json; OUT and PYTHON as in run.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out-real} JOBS=${JOBS:-$(nproc)}
+PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out-real} JOBS=${JOBS:-$(nproc)} METHODS="sft sft-more scs bash rac"
+trap 'trap - INT TERM; kill 0' INT TERM
 DATA=${DATA:?the folder that holds gsm8k/, summarization/ and qa/}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-for task in "${@:-gsm8k tldr ultrachat}"; do for task in $task; do
-    dir=$OUT/$task columns=
+job() { # job METHOD: trains and evaluates, into a log file
+    local more="$stage --model $dir/sft --limit 1000 --lr 5e-4 --epochs 1 --out $dir/$1"
+    case $1 in
+        sft) ;;
+        sft-more) "$PYTHON" sft.py $more ;;
+        *) "$PYTHON" "$1.py" $more ;;
+    esac
+    "$PYTHON" evaluate.py run --model "$dir/$1" $data --data "$test" --limit 200 --temperatures 0 --name "$1" \
+        --out "$dir/$1/eval"
+}
+for task in ${*:-gsm8k tldr ultrachat}; do
+    dir=$OUT/$task columns=''
+    mkdir -p "$dir"
     case $task in
         gsm8k) train=$DATA/gsm8k/train.jsonl test=$DATA/gsm8k/test.jsonl lengths="--max-response 256" ;;
-        tldr) train=$DATA/summarization/scitldr_a_train.jsonl test=$DATA/summarization/scitldr_a_test.jsonl
-              lengths="--max-prompt 512 --max-response 53" ;;
-        ultrachat) columns="--columns prompt=instruction+input,response=output" lengths="--max-prompt 256 --max-response 192"
-              train=$dir/train.jsonl test=$dir/test.jsonl # dolly is one file: its last 300 rows are the test set
-              mkdir -p "$dir"; head -n -300 "$DATA/qa/dolly_3k.jsonl" > "$train"; tail -n 300 "$DATA/qa/dolly_3k.jsonl" > "$test" ;;
+        tldr)
+            train=$DATA/summarization/scitldr_a_train.jsonl test=$DATA/summarization/scitldr_a_test.jsonl
+            lengths="--max-prompt 512 --max-response 53" ;;
+        ultrachat) # dolly is one file: its last 300 rows are the test set
+            train=$dir/train.jsonl test=$dir/test.jsonl lengths="--max-prompt 256 --max-response 192"
+            columns="--columns prompt=instruction+input,response=output"
+            head -n -300 "$DATA/qa/dolly_3k.jsonl" > "$train"
+            tail -n 300 "$DATA/qa/dolly_3k.jsonl" > "$test" ;;
+        *) echo "real_data.sh: no task $task" >&2; exit 2 ;;
     esac
     data="--task $task $columns $lengths"
     stage="$data --data $train --batch-size 32 --micro-batch-size 8"
     [ -e "$dir/base" ] || "$PYTHON" toy.py bytes --out "$dir/base" --text "$train" --vocab 2048
-    "$PYTHON" sft.py --model "$dir/base" $stage --limit 1600 --lr 2e-3 --epochs 3 --out "$dir/sft"
-    for method in sft sft-more scs bash rac; do
-        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
-        {
-            case $method in
-                sft) ;;
-                sft-more) "$PYTHON" sft.py --model "$dir/sft" $stage --limit 1000 --lr 5e-4 --epochs 1 --out "$dir/$method" ;;
-                *) "$PYTHON" $method.py --model "$dir/sft" $stage --limit 1000 --lr 5e-4 --out "$dir/$method" ;;
-            esac
-            "$PYTHON" evaluate.py run --model "$dir/$method" $data --data "$test" --limit 200 --temperatures 0 \
-                --name $method --seed 0 --out "$dir/$method/eval"
-        } > "$dir/$method.log" 2>&1 &
+    "$PYTHON" sft.py $stage --model "$dir/base" --limit 1600 --lr 2e-3 --epochs 3 --out "$dir/sft"
+    echo "$task: $METHODS ($JOBS at a time; logs in $dir/)"
+    fail=0
+    for method in $METHODS; do
+        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail=1; done
+        job "$method" > "$dir/$method.log" 2>&1 &
     done
-    wait
+    while [ -n "$(jobs -rp)" ]; do wait -n || fail=1; done
+    [ $fail = 0 ] || { echo "$task: a method failed, see $dir/*.log" >&2; exit 1; }
     mkdir -p results/real
-    "$PYTHON" evaluate.py table "$dir"/{sft,sft-more,scs,bash,rac}/eval/results.json --baseline sft-more --out "results/real/$task"
+    results=()
+    for method in $METHODS; do results+=("$dir/$method/eval/results.json"); done
+    "$PYTHON" evaluate.py table "${results[@]}" --out "results/real/$task"
     cp "$dir/rac/D_r_1.json" "results/real/$task-D_r.json"
-done; done
+done

@@ -61,14 +61,14 @@ def test_qa_templates(bytes_, task, x):
 
 
 def test_summarization_templates(bytes_):
-    row = {"subreddit": "pets", "title": "My cat", "post": "It sleeps.\nA lot.", "response": "Sleepy cat."}
+    row = {"subreddit": "pets", "title": "My cat", "prompt": "It sleeps.\nA lot.", "response": "Sleepy cat."}
     x = "SUBREDDIT: r/pets\n\nTITLE: My cat\n\nPOST: It sleeps.\nA lot."
     assert data.tldr_x(row, bytes_, 999) == x + "\n\nTL;DR:"
     assert data.tldr_f(row, bytes_, 999) == (
         f"[POST]: {x}\n\n[REFERENCE SUMMARY]: Sleepy cat.\n\n"
         "Re-write a new summary of the post and cover the main content in the reference summary. TL;DR:"
     )
-    assert data.tldr_x({"post": "p", "title": None}, bytes_, 999) == "POST: p\n\nTL;DR:"
+    assert data.tldr_x({"prompt": "p", "title": None}, bytes_, 999) == "POST: p\n\nTL;DR:"
 
 
 def test_the_tokenizers_own_chat_template_is_used_with_one_bos_and_a_system_turn_it_lacks_is_folded_in():
@@ -109,7 +109,7 @@ def test_a_long_post_is_cut_as_in_the_source_and_never_its_end(bytes_, newlines)
         return f"POST: {post}\n\nTL;DR:"
 
     for limit in (60, 200, 333, 5000):
-        text = data.tldr_x({"post": post}, bytes_, limit)
+        text = data.tldr_x({"prompt": post}, bytes_, limit)
         assert text == slow(post, limit)
         assert text.endswith("\n\nTL;DR:") and len(data.tokenize(bytes_, text)) <= limit
 
@@ -150,6 +150,24 @@ def test_a_dialogue_gives_its_first_answer(tmp_path):
     turns = [{"role": role, "content": text} for role, text in zip(roles, "qarb")]
     path = write(tmp_path / "d.jsonl", [{"prompt": "q", "messages": turns}])
     assert data.load_rows("ultrachat", path)[0]["response"] == "a"
+
+
+def test_the_response_is_not_read_into_the_prompt_by_another_way(bytes_, tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"post": "unused", "article": "A.", "title": "T", "subreddit": "s"}])
+    (row,) = data.load_rows("tldr", path, columns="prompt=article,response=title")
+    assert data.tldr_x(row, bytes_, 99) == "SUBREDDIT: r/s\n\nPOST: A.\n\nTL;DR:" and row["response"] == "T"
+
+
+def test_prompts_without_responses_can_be_read(tokenizer, tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"prompt": "how many"}, {"prompt": "how", "response": ""}])
+    found, _ = data.examples("toy", tokenizer, data=path, need_response=False)
+    assert found["y"][:] == [[tokenizer.eos_token_id]] * 2
+
+
+def test_the_first_word_of_y_survives_unknown_words(tokenizer, tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"prompt": "how zzz", "response": "3 4"}])
+    found, _ = data.examples("toy", tokenizer, data=path)
+    assert found["y"][0] == tokenizer("3 4")["input_ids"] + [tokenizer.eos_token_id]
 
 
 def test_json_and_parquet_files_read_like_jsonl(tmp_path):
@@ -216,6 +234,7 @@ BAD = [
     (GOOD + '{"prompt": "a", "response": ""}\n', "row 1: empty response"),
     (GOOD + '{"prompt": " ", "response": "b"}\n', "row 1: empty prompt"),
     (GOOD + '{"prompt": "a", "response": 3}\n', "row 1: column 'response' is int, not text"),
+    (GOOD + '{"prompt": "a", "response": ["b"]}\n', "row 1: column 'response' is list, not text"),
     (GOOD + '{"prompt": "a", "response": null}\n', "row 1: column 'response' is NoneType, not text"),
     ("", "no rows"),
 ]
@@ -241,6 +260,12 @@ def test_other_bad_input(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="not UTF-8"):
         data.load_rows("toy", str(tmp_path / "latin.jsonl"))
     (tmp_path / "d.json").write_text('{"prompt": "a"}')
+    (tmp_path / "d.parquet").write_text("nothing of the kind")
+    with pytest.raises(ValueError, match="d.parquet: not a readable parquet file"):
+        data.load_rows("toy", str(tmp_path / "d.parquet"))
+    turns = write(tmp_path / "turns.jsonl", [{"prompt": "q", "messages": ["a"]}])
+    with pytest.raises(ValueError, match="row 0: empty response"):
+        data.load_rows("ultrachat", turns)
     with pytest.raises(ValueError, match="list of objects"):
         data.load_rows("toy", str(tmp_path / "d.json"))
     good = write(tmp_path / "good.jsonl", [{"prompt": "how", "response": "3"}])

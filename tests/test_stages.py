@@ -194,6 +194,14 @@ def test_a_model_that_does_not_fit(base, tmp_path, monkeypatch, capsys):
     tiny.model("llama").save_pretrained(tmp_path / "bare")
     line = fails(monkeypatch, capsys, "sft", base, tmp_path / "o1", model=tmp_path / "short")
     assert "the model has 8 positions" in line and "--max-prompt" in line
+    tiny.model("llama", vocab=len(tokenizer), max_position_embeddings=90).save_pretrained(tmp_path / "tight")
+    tokenizer.save_pretrained(tmp_path / "tight")
+    tight = {"model": tmp_path / "tight"}
+    run(monkeypatch, "sft", base, tmp_path / "o1a", "--max-response", "60", "--epochs", "1", **tight)
+    line = fails(
+        monkeypatch, capsys, "rac", base, tmp_path / "o1b", "--max-response", "60", **tight
+    )  # before any z is drawn
+    assert "the model has 90 positions" in line
     line = fails(monkeypatch, capsys, "sft", base, tmp_path / "o2", model=tmp_path / "small")
     assert "model and tokenizer do not belong together" in line
     line = fails(monkeypatch, capsys, "sft", base, tmp_path / "o3", model=tmp_path / "bare")
@@ -216,7 +224,10 @@ def test_pairs_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
 
     assert "no column z_bar" in refused(d_r.remove_columns("z_bar"), "column")
     assert "row 0: z has" in refused(d_r.map(lambda r: {"z": r["z"] + [1]}), "length")
-    assert "row 0: token id 10000" in refused(d_r.map(lambda r: {"y": [10000]}), "id")
+    assert "row 0: y has ids from 10000 to 10000" in refused(d_r.map(lambda r: {"y": [10000]}), "id")
+    assert "row 0: y has ids from -1" in refused(d_r.map(lambda r: {"y": [-1, 1]}), "negative")
+    assert "row 0: x must be a list of token ids, and not empty" in refused(d_r.map(lambda r: {"x": []}), "empty")
+    assert "row 0: z must be a list of token ids" in refused(d_r.map(lambda r: {"z": "a b"}), "text")
     (made / "D_r_1" / "source.json").write_text('{"tokenizer": "another"}')
     line = fails(monkeypatch, capsys, "rac", base, tmp_path / "o", "--pairs", str(made / "D_r_1"))
     assert "was made with another tokenizer" in line
@@ -245,6 +256,15 @@ def test_a_diverging_run_stops_and_names_step_and_rows(base, tmp_path, monkeypat
     assert "step 1: loss" in line and "not finite; rows" in line
 
 
+def test_a_batch_that_ran_out_of_memory_can_be_tried_with_a_smaller_micro_batch(base, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(ddp.Run, "finish", lambda run: None)  # as if killed after the last step
+    run(monkeypatch, "bash", base, out)
+    monkeypatch.undo()
+    run(monkeypatch, "bash", base, out, "--micro-batch-size", "2", "--generation-batch-size", "3")
+    assert (out / "model.safetensors").exists() and len(read_log(out)) == 3
+
+
 def test_one_example_and_an_epoch_of_zero(base, tmp_path, monkeypatch):
     out = run(monkeypatch, "sft", base, tmp_path / "one", "--limit", "1", "--epochs", "2")
     assert len(read_log(out)) == 2
@@ -253,3 +273,29 @@ def test_one_example_and_an_epoch_of_zero(base, tmp_path, monkeypatch):
 
     before, after = (load_file(folder / "model.safetensors") for folder in (base / "model", out))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------------ generate.py
+def test_generate_command(base, tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 4"}\n{"prompt": "5"}\n')  # no reference is needed
+    out = tmp_path / "made" / "z.jsonl"
+
+    def command(*flags):
+        words = ["generate.py", "--model", base / "model", "--task", "ultrachat", "--data", tmp_path / "prompts.jsonl"]
+        monkeypatch.setattr("sys.argv", [str(word) for word in [*words, "--max-response", "6", "--out", out, *flags]])
+        generate.main()
+
+    command("--n", "2")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [0, 1] and all(len(row["responses"]) == 2 for row in rows)
+    made = datasets.load_from_disk(str(out) + ".data")
+    model, tokenizer = ddp.load_model(str(base / "model")), ddp.load_tokenizer(str(base / "model"))
+    z = generate.generate(model, made["x"][:], max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, n=2)
+    assert made["z"][:] == z
+    with pytest.raises(ValueError, match="exists already"):
+        command("--n", "2")
+    out.unlink()
+    with pytest.raises(ValueError, match="left from a call with other flags"):
+        command("--temperature", "0.1")
+    command("--n", "2")  # the same call: its rows are there
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
