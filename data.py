@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import datasets
+import numpy as np
 import torch
 
 RAC_SYSTEM = (  # appendix A.1, word for word ("Your will" included)
@@ -294,7 +295,7 @@ def examples(
             long_f.append(row["id"])
         else:
             cut += len(y) > max_response
-            kept.append(example)
+            kept.append({"id": row["id"]} | {k: np.asarray(v, np.int32) for k, v in example.items() if k != "id"})
     notes = [f"{len(kept)} examples of task {task} from {data or spec.hub[0]}"]
     if long_x:
         notes.append(f"{len(long_x)} rows left out: x over {max_prompt} tokens (--max-prompt), first: row {long_x[0]}")
