@@ -6,7 +6,7 @@
 # DATA holds gsm8k/{train,test}.jsonl, summarization/scitldr_a_{train,test}.jsonl and qa/dolly_3k.jsonl. The model is a
 # small random one with a byte-level BPE made from the training text, so accuracy is near zero by construction: what can
 # be seen is that every stage runs on real columns, lengths and templates, the losses, and the exposure gap.
-# About ten minutes a task on two cores. Writes results/real/TASK.md and .json; OUT and PYTHON as in run.sh.
+# Some minutes a task on two cores. Writes results/real/TASK.md and .json; OUT and PYTHON as in run.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out-real} JOBS=${JOBS:-$(nproc)} METHODS="sft sft-more scs bash rac"
@@ -15,13 +15,13 @@ DATA=${DATA:?the folder that holds gsm8k/, summarization/ and qa/}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 job() { # job METHOD: trains and evaluates, into a log file
-    local more="$stage --model $dir/sft --limit 1000 --lr 5e-4 --epochs 1 --out $dir/$1"
+    local more="$stage --model $dir/sft --limit 400 --lr 5e-4 --epochs 1 --out $dir/$1"
     case $1 in
         sft) ;;
         sft-more) "$PYTHON" sft.py $more ;;
         *) "$PYTHON" "$1.py" $more ;;
     esac
-    "$PYTHON" evaluate.py run --model "$dir/$1" $data --data "$test" --limit 200 --temperatures 0 --name "$1" \
+    "$PYTHON" evaluate.py run --model "$dir/$1" $data --data "$test" --limit 100 --temperatures 0 --name "$1" \
         --out "$dir/$1/eval"
 }
 for task in ${*:-gsm8k tldr ultrachat}; do
@@ -40,9 +40,9 @@ for task in ${*:-gsm8k tldr ultrachat}; do
         *) echo "real_data.sh: no task $task" >&2; exit 2 ;;
     esac
     data="--task $task $columns $lengths"
-    stage="$data --data $train --batch-size 32 --micro-batch-size 8"
+    stage="$data --data $train --batch-size 16 --micro-batch-size 8"
     [ -e "$dir/base" ] || "$PYTHON" toy.py bytes --out "$dir/base" --text "$train" --vocab 2048
-    "$PYTHON" sft.py $stage --model "$dir/base" --limit 1600 --lr 2e-3 --epochs 3 --out "$dir/sft"
+    OMP_NUM_THREADS=$(nproc) "$PYTHON" sft.py $stage --model "$dir/base" --limit 1200 --lr 2e-3 --epochs 2 --out "$dir/sft"
     echo "$task: $METHODS ($JOBS at a time; logs in $dir/)"
     fail=0
     for method in $METHODS; do
