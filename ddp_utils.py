@@ -101,6 +101,8 @@ def cli(main: Callable[[], None]) -> None:
     """Runs a script's main. A user's mistake (ValueError, OSError) is one line, not a stack trace; DEBUG=1 shows it."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; what is finished is kept, and the same command goes on from there" if RANK == 0 else 1)
     except (ValueError, OSError) as error:
         if os.environ.get("DEBUG"):
             raise
