@@ -150,7 +150,7 @@ def test_nll_against_a_float64_loop():
 
 
 # ---------------------------------------------------------------------------------------------- metrics of a model
-Y = "amy has 25 . buys 15 : 25 + 15 = 40 , now 40 . gives 9 : 40 - 9 = 31 , now 31 . #### 31"
+Y = "amy has 25 . first buys 15 : 25 + 15 = 40 , again 25 + 15 = 40 . #### 40"
 
 
 @pytest.fixture
@@ -197,11 +197,13 @@ def test_recovery_by_hand(toy_set, tmp_path, monkeypatch):
         row = tokenizer.convert_ids_to_tokens(prompt)[2]
         prefix = toy.inject_error(Y.split(), int(row))
         assert tokenizer.convert_ids_to_tokens(prompt)[-len(prefix) :] == prefix
-        right = Y.split()[len(prefix) - 1]
-        text = {"0": f", now {right} . #### 31", "1": f", now {right} . #### 7", "2": ", now 1 . #### 31", "3": "eggs"}[
-            row
-        ]
-        return [tokenizer(text)["input_ids"] + [1]]
+        text = {
+            "0": ", again 25 + 15 = 40 . #### 40",
+            "1": ", again 25 + 15 = 40 . #### 7",
+            "2": ", again 25 + 15 = 1 . #### 40",
+            "3": "eggs",
+        }
+        return [tokenizer(text[row])["input_ids"] + [1]]
 
     scripted(monkeypatch, write)
     found = evaluate.recovery(arguments(tmp_path), tiny.model("gpt_neox"), tokenizer, rows)
@@ -214,7 +216,7 @@ def test_recovery_counts_only_whole_toy_responses(toy_set, tmp_path, monkeypatch
     lm = tiny.model("gpt_neox")
     scripted(monkeypatch, lambda prompt, kw: [[1]])
     assert evaluate.recovery(arguments(tmp_path / "a"), lm, tiny.word_tokenizer(), rows) == {}
-    cut = rows.map(lambda row: {"y": row["y"][:11]})  # ends with `=`
+    cut = rows.map(lambda row: {"y": row["y"][:12]})  # ends with `=`
     assert evaluate.recovery(arguments(tmp_path / "b"), lm, tokenizer, cut) == {}
     mixed = rows.map(lambda row: {"y": row["y"] if row["id"] else row["y"][:5]})
     evaluate.recovery(arguments(tmp_path / "c"), lm, tokenizer, mixed)
@@ -227,7 +229,7 @@ def test_accuracy_by_hand(toy_set, tmp_path, monkeypatch):
 
     def write(prompt, kw):
         row = int(tokenizer.convert_ids_to_tokens(prompt)[2])
-        right, wrong, silent = ([*tokenizer(text)["input_ids"], 1] for text in ("#### 31", "#### 30", "31"))
+        right, wrong, silent = ([*tokenizer(text)["input_ids"], 1] for text in ("#### 40", "#### 30", "40"))
         return [right, right if row < 2 else wrong, silent[:-1]][: kw["n"]]
 
     scripted(monkeypatch, write)
