@@ -164,7 +164,8 @@ def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------- model
 def load_tokenizer(path: str) -> AutoTokenizer:
     """The tokenizer of a model folder or hub name. Raises OSError in one line."""
-    if not os.path.isdir(path) and (os.path.exists(path) or path.count("/") > 1 or path.startswith((".", "/"))):
+    local = path.count("/") > 1 or path.startswith((".", "/")) or os.path.isdir(os.path.dirname(path))
+    if not os.path.isdir(path) and (local or os.path.exists(path)):  # else it is a hub name
         raise FileNotFoundError(f"--model {path}: no such folder")
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -479,8 +480,11 @@ def open_out(args: argparse.Namespace) -> bool:
     out = Path(args.out)
     flags = {key: value for key, value in vars(args).items() if key not in FREE}
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115  held until the process ends
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = open(out / ".lock", "w")  # held until the process ends
+        except OSError as error:
+            raise OSError(f"--out {out} cannot be written ({error.strerror})") from None
         open_out.lock = lock
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import datasets
 import pytest
@@ -16,6 +17,7 @@ import scs
 import sft
 import tiny
 
+ROOT = Path(__file__).parent.parent
 STAGES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac}
 
 
@@ -176,12 +178,14 @@ def read_log(out):
         (["--bta", "0.2"], "unrecognized arguments: --bta 0.2"),
         (["--data", "missing.jsonl"], "--data missing.jsonl: no such file"),
         (["--model", "./missing"], "--model ./missing: no such folder"),
+        (["--model", "tests/missing"], "--model tests/missing: no such folder"),
         (["--columns", "response=answer"], "row 0: no column 'answer' for the response; there are prompt, response"),
         (["--max-prompt", "2"], "no example is left"),
         (["--pairs", "missing"], "--pairs missing: not a folder written by"),
     ],
 )
 def test_a_wrong_flag_is_one_line(base, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(ROOT)
     assert message in fails(monkeypatch, capsys, "bash", base, tmp_path / "out", *flags)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -243,7 +247,8 @@ def test_out_folders_are_guarded(base, tmp_path, monkeypatch, capsys):
     assert "belongs to another run (--epochs 1.0 -> 3.0, --lr 0.001 -> 0.01)" in line
     assert "did not make" in fails(monkeypatch, capsys, "sft", base, base / "model")
     (tmp_path / "file").write_text("")
-    assert "file" in fails(monkeypatch, capsys, "sft", base, tmp_path / "file" / "out")
+    line = fails(monkeypatch, capsys, "sft", base, tmp_path / "file" / "out")
+    assert f"--out {tmp_path / 'file' / 'out'} cannot be written" in line
     assert (out / "model.safetensors").read_bytes() == before
 
 
