@@ -136,18 +136,23 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
 count = number(0, kind=int)
 
 
-def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
-    """The flags that every stage takes. doc: the stage's docstring."""
-    p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.add_argument("--model", required=True, help="Hugging Face folder or hub name to start from")
+def data_flags(p: argparse.ArgumentParser, tasks: list[str]) -> None:
+    """The flags that say which model reads which examples: those of the stages, of evaluate.py and of generate.py."""
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub name")
     p.add_argument("--task", required=True, choices=tasks, help="columns, templates, lengths and hub set")
     p.add_argument("--data", help="a local .jsonl/.json/.parquet file, or another hub set")
     p.add_argument("--columns", default="", help="prompt=NAME,response=NAME where the file's columns differ")
     p.add_argument("--limit", type=count, default=0, help="use only the first N rows (0: all)")
     p.add_argument("--max-prompt", type=count, default=0, help="tokens of x (0: the task's own)")
     p.add_argument("--max-response", type=count, default=0, help="tokens of y and z (0: the task's own)")
+
+
+def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
+    """The flags that every stage takes. doc: the stage's docstring."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    data_flags(p, tasks)
     p.add_argument("--out", required=True, help="folder for the model, log.jsonl and args.json")
     p.add_argument("--max-steps", type=count, default=0, help="at most so many steps in each phase (0: no limit)")
     p.add_argument("--batch-size", type=number(1, kind=int), default=512, help="rows in the global batch (Table 5)")

@@ -480,14 +480,8 @@ def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    p.add_argument("--model", required=True, help="Hugging Face folder or hub name")
-    p.add_argument("--task", required=True, choices=sorted(data.TASKS), help="columns, templates, lengths and hub set")
-    p.add_argument("--data", help="a local .jsonl/.json/.parquet file, or another hub set")
+    ddp.data_flags(p, sorted(data.TASKS))
     p.add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
-    p.add_argument("--columns", default="", help="prompt=NAME,response=NAME where the file's columns differ")
-    p.add_argument("--limit", type=ddp.count, default=0, help="use only the first N rows (0: all)")
-    p.add_argument("--max-prompt", type=ddp.count, default=0, help="tokens of x (0: the task's own)")
-    p.add_argument("--max-response", type=ddp.count, default=0, help="tokens of z (0: the task's own)")
     p.add_argument("--out", required=True, help="a .jsonl file: id, prompt, reference, responses (one object a line)")
     p.add_argument("--n", type=ddp.number(1, kind=int), default=1, help="samples for each prompt")
     p.add_argument("--temperature", type=ddp.number(0), default=1.0, help="0 is greedy")
