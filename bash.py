@@ -58,13 +58,13 @@ def main() -> None:
     parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
     run, examples = ddp.start(args, data.load)
+    pairs = None
+    if args.pairs is not None:  # read first: what is wrong with them shows before any training
+        pairs = ddp.read_pairs(args.pairs, ("y", "y_hat"), run.tokenizer, run.model)
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
     for iteration in range(1, args.iterations + 1):  # line 7
-        if args.pairs and iteration == 1:
-            d_s = ddp.read_pairs(args.pairs, ("y", "y_hat"), run.tokenizer)
-        else:
-            d_s = make_d_s(run, examples, args, iteration)  # line 8
+        d_s = pairs if pairs and iteration == 1 else make_d_s(run, examples, args, iteration)  # line 8
         differ = sum(a != b for row in d_s for a, b in zip(row["y"], row["y_hat"], strict=True))
         ddp.print0(f"D_s_{iteration}: {differ / sum(map(len, d_s['y'])):.2%} of the tokens of y_hat differ from y")
         for batch, micro_batches in run.steps(d_s, args.epochs):  # lines 9-10

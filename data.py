@@ -140,9 +140,9 @@ def read(path: str) -> list[dict]:
         try:
             return datasets.Dataset.from_parquet(path).to_list()
         except Exception as error:
-            raise ValueError(f"{path}: not a readable parquet file ({type(error).__name__})") from None
+            raise ValueError(f"{path}: not a readable parquet file, or without rows ({error})") from None
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             if path.endswith(".json"):
                 rows = json.load(file)
                 if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
@@ -154,15 +154,18 @@ def read(path: str) -> list[dict]:
                     continue
                 try:
                     rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+                except ValueError as error:
+                    reason = getattr(error, "msg", error)
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({reason})") from None
                 if not isinstance(rows[-1], dict):
                     raise ValueError(f"{path}, line {number}: must be an object with the columns of the task")
             return rows
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
 
 
 def load_rows(
@@ -180,6 +183,8 @@ def load_rows(
     Raises ValueError (or OSError) with one line that names the file, row or column.
     """
     spec = TASKS[task]
+    if path == "":
+        raise ValueError("--data is empty: give a file or a hub set, or leave the flag out")
     if path and os.path.splitext(path)[1] in (".jsonl", ".json", ".parquet"):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"--data {path}: no such file")
@@ -195,7 +200,8 @@ def load_rows(
             parts = [datasets.load_dataset(name, config, split=split) for config in configs or [None]]
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"data set {name} ({split}) could not be loaded: {reason}; --data names a file") from None
+            what = f"--data {path}: no such file, and as a hub set it" if path else f"hub set {name} ({split})"
+            raise ValueError(f"{what} could not be loaded: {reason}{'' if path else '; --data takes a file'}") from None
         rows = datasets.concatenate_datasets(parts)
 
     wanted = {"prompt": spec.prompt, "response": spec.response}
@@ -224,13 +230,19 @@ def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool =
             if name not in row and key == "response" and not need_response:
                 continue
             if name not in row:
-                raise ValueError(f"{where}: no column {name!r} for the {key}; there are {', '.join(row)} (--columns)")
+                there = ", ".join(row) or "none"
+                raise ValueError(f"{where}: no column {name!r} for the {key}; there are {there} (--columns)")
             value = row[name]
             if name == "messages" and isinstance(value, list):  # a dialogue: the first answer
                 turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "assistant"]
                 value = turns[0].get("content") if turns else ""
             if not isinstance(value, str):
                 raise ValueError(f"{where}: column {name!r} is {type(value).__name__}, not text")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                bad = f"column {name!r} is not text at character {error.start} (a lone surrogate)"
+                raise ValueError(f"{where}: {bad}; remove the row") from None
             if value.strip():
                 parts.append(value)
         texts[key] = "\n\n".join(parts)

@@ -36,6 +36,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,6 +46,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -52,6 +54,7 @@ from transformers.utils import logging as transformers_logging
 # ---------------------------------------------------------------------------------------------- processes
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(key, default)) for key, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 
 
 @functools.cache
@@ -60,11 +63,12 @@ def init() -> torch.device:
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # it works without a process group
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # load_model says itself, in one line, which weights are missing
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
     if WORLD > 1:  # the long timeout: a rank may wait for others' generation; torchrun ends the peers of a dead one
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
+        dist.init_process_group(BACKEND[device.type], timeout=datetime.timedelta(hours=6))
     return device
 
 
@@ -77,6 +81,16 @@ def print0(*words: object) -> None:
 def barrier() -> None:
     if WORLD > 1:
         dist.barrier()
+
+
+def wait_for(path: Path) -> None:
+    """A barrier after which every rank sees a file that rank 0 wrote (network file systems lag). Raises OSError."""
+    barrier()
+    patience = time.time() + 60
+    while not path.exists():
+        if time.time() > patience:
+            raise OSError(f"{path}: rank 0 wrote it, rank {RANK} cannot see it; all nodes must share the --out folder")
+        time.sleep(0.1)
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
@@ -92,8 +106,10 @@ def fold_in(seed: int, *numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of another library's message, which may have many lines or none."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]  # what happened on the first rank that failed
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -103,9 +119,11 @@ def cli(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit("stopped; what is finished is kept, and the same command goes on from there" if RANK == 0 else 1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("DEBUG"):
             raise
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"{first_line(error)} Lower --micro-batch-size or --generation-batch-size; see README, how big"
         if RANK:
             time.sleep(2)  # what rank 0 says as well is said once: torchrun ends the others meanwhile
         who = f"rank {RANK}: " if RANK else ""
@@ -122,9 +140,10 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
     def parse(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
+            good = math.isfinite(value) and low <= value <= high
+        except (ValueError, OverflowError):  # no number, or a whole one beyond any float
+            good = False
+        if not good:
             bounds = f" in [{low:g}, {high:g}]" if math.isfinite(high) else f" of at least {low:g}"
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {name}{bounds}")
@@ -145,6 +164,8 @@ def data_flags(p: argparse.ArgumentParser, tasks: list[str]) -> None:
     p.add_argument("--limit", type=count, default=0, help="use only the first N rows (0: all)")
     p.add_argument("--max-prompt", type=count, default=0, help="tokens of x (0: the task's own)")
     p.add_argument("--max-response", type=count, default=0, help="tokens of y and z (0: the task's own)")
+    p.add_argument("--shard", type=count, default=0, help="hybrid sharding: replicas of N-way shards (0: one shard)")
+    p.add_argument("--lock-step", action="store_true", help="generate sharded: slow, where no device holds the model")
 
 
 def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
@@ -161,6 +182,8 @@ def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
     p.add_argument("--warmup", type=number(0, 1), default=0.1, help="share of the steps that warm up (Table 5)")
     p.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    p.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in the backward")
+    p.add_argument("--compile", action="store_true", help="torch.compile each block's training pass")
     p.add_argument("--seed", type=count, default=0)
     p.add_argument("--checkpoint-every", type=count, default=500, help="steps between checkpoints (0: none)")
     return p
@@ -169,6 +192,8 @@ def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------- model
 def load_tokenizer(path: str) -> AutoTokenizer:
     """The tokenizer of a model folder or hub name. Raises OSError in one line."""
+    if not path.strip():
+        raise ValueError("--model is empty: give a folder or a hub name")
     local = path.count("/") > 1 or path.startswith((".", "/")) or os.path.isdir(os.path.dirname(path))
     if not os.path.isdir(path) and (local or os.path.exists(path)):  # else it is a hub name
         raise FileNotFoundError(f"--model {path}: no such folder")
@@ -178,36 +203,83 @@ def load_tokenizer(path: str) -> AutoTokenizer:
         raise OSError(f"--model {path}: no tokenizer could be loaded ({first_line(error)})") from None
 
 
-def load_model(path: str, dtype: str = "float32") -> torch.nn.Module:
+def load_model(
+    path: str, dtype: str = "float32", *, shard_size: int = 0, lock_step: bool = False,
+    recompute: bool = False, compile: bool = False,
+) -> torch.nn.Module:  # fmt: skip
     """A causal language model on this rank's device, sharded over the ranks where there are several. Raises OSError.
 
     The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments),
-    by rank 0 alone: the others never hold a whole model.
+    by rank 0 alone: the others never hold a whole model. shard_size, lock_step: see `shard` and `inference`.
     """
     device = init()
+    if shard_size and WORLD % shard_size:
+        raise ValueError(f"--shard {shard_size} does not divide the {WORLD} processes")
     try:
         config = AutoConfig.from_pretrained(path)
-        whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) if RANK == 0 else None
+        if "MaskedLM" in str(config.architectures):
+            raise ValueError(f"{config.model_type} is a masked language model; a causal one is needed")
+        whole = None
+        if RANK == 0:
+            how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            whole, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **how)
+            wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+            if wrong:  # transformers would go on with random ones
+                named = f"{', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}"
+                raise ValueError(f"{len(wrong)} weights are missing or not of the shape in config.json: {named}")
+            if info["unexpected_keys"]:
+                first = min(info["unexpected_keys"])
+                print0(f"{len(info['unexpected_keys'])} weights in {path} are not used, first: {first}")
     except Exception as error:
         raise OSError(f"--model {path}: could not be loaded ({first_line(error)})") from None
-    if WORLD == 1 and dtype == "float32":
-        return whole.eval().to(device)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    return fill(shard(model, dtype), whole)
+    model = whole
+    if WORLD > 1 or dtype != "float32":
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if compile:
+        in_training(model, functools.partial(torch.compile, dynamic=True))
+    if recompute:  # without dropout there is no random state to keep
+        plain = {"use_reentrant": False, "preserve_rng_state": False}
+        in_training(model, lambda forward: functools.partial(checkpoint, forward, **plain))
+    if model is whole:
+        return model.eval().to(device)
+    model.lock_step = lock_step
+    return fill(shard(model.eval(), dtype, shard_size), whole)
 
 
-def shard(model: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:
-    """FSDP2: each transformer block a group, then the root, in which tied embeddings stay together."""
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks."""
+    names = set(model._no_split_modules or [])
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def in_training(model: torch.nn.Module, wrap: Callable[[Callable], Callable]) -> None:
+    """Wraps the forward of each block in passes with gradients; decoding, with its cache, keeps the plain one."""
+    for block in blocks(model):
+
+        def forward(*args: object, plain: Callable, wrapped: Callable, **kwargs: object) -> object:
+            return (wrapped if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+        block.forward = functools.partial(forward, plain=block.forward, wrapped=wrap(block.forward))
+
+
+def shard(model: torch.nn.Module, dtype: str = "float32", size: int = 0) -> torch.nn.Module:
+    """FSDP2: each transformer block a group, then the root, in which tied embeddings stay together.
+
+    size: HSDP, replicas of shards of so many ranks (0: one shard over all; 1: whole replicas)."""
+    size = size or WORLD
+    device = init().type
     if not dist.is_initialized():  # bf16 on one device: the same mixed-precision policy, on a group of one
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = dist.init_device_mesh(init().type, (WORLD,))
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
-    blocks = set(model._no_split_modules or [])
-    for module in model.modules():
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        dist.init_process_group(BACKEND[device], store=dist.HashStore(), rank=0, world_size=1)
+    names = ("replicate", "shard")
+    mesh = dist.init_device_mesh(device, (WORLD // size, size), mesh_dim_names=names)
+    options = {
+        "mesh": mesh if size < WORLD else mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
+    }
+    for block in blocks(model):
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
 def fill(model: torch.nn.Module, whole: torch.nn.Module | None) -> torch.nn.Module:
@@ -227,21 +299,35 @@ def fill(model: torch.nn.Module, whole: torch.nn.Module | None) -> torch.nn.Modu
 
 
 @contextlib.contextmanager
-def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, a sharded model holds all its weights on every rank, so that ranks may run different numbers of forwards.
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    """no_grad; and inside, the ranks of a sharded model may run different numbers of forwards.
 
-    Not between a backward and its optimiser step (the root would keep stale weights)."""
+    A forward of a sharded model is a collective: a rank that ran fewer would leave the others waiting. So each holds
+    all weights meanwhile. Or, with --lock-step, they stay sharded, and a rank that is done joins in the others'
+    forwards. Not between a backward and its optimiser step (the root would keep stale weights)."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
+    together = bool(parts) and getattr(model, "lock_step", False)
+    for part in [] if together else parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
+
+    def busy(one: int = 1) -> int:
+        """How many ranks are about to run a forward."""
+        return int(all_sum(torch.tensor(one, device=model.device)))
+
+    # before FSDP's own hook, so that the collectives come in one order on all ranks
+    hook = model.register_forward_pre_hook(lambda *_: [busy()] and None, prepend=True) if together else None
     try:
         with torch.no_grad():
             yield
+            if hook:
+                hook.remove()
+                while busy(0):
+                    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     finally:
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(part is not model, recurse=False)  # the root stays gathered until backward
+            part.set_reshard_after_forward(part is not model, recurse=False)  # the root stays
 
 
 def check_fits(model: torch.nn.Module, tokens: int, largest_id: int, what: str) -> None:
@@ -286,7 +372,7 @@ class Run:
         self.phase = self.total = 0  # phases begun, steps done in all of them
         self.resume = {"phase": 0, "step": 0}
         self.stopped = self._signal = self._stepping = False
-        self._log = open(self.out / "log.jsonl", "a") if RANK == 0 else None
+        self._log = open(self.out / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
         self._load_checkpoint()
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self._stop)
@@ -301,7 +387,6 @@ class Run:
         """Yields (rows of the global batch, this rank's micro-batches); steps when the loop asks for the next batch.
 
         A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row.
-        Ranks with fewer rows get rows with empty sequences, so that all ranks take part in every pass.
         """
         args, phase = self.args, self.phase
         self.phase += 1
@@ -313,41 +398,49 @@ class Run:
         first = self.resume["step"] if phase == self.resume["phase"] else 0
         if first:
             self._load_optimizer()
-        bar = tqdm(total=steps, initial=first, desc=f"{Path(sys.argv[0]).stem} {self.phase}", disable=RANK != 0)
         self._stepping = True
-        for step in range(first, steps):
-            started = time.time()
-            picked = batch_rows(len(rows), step, args.batch_size, fold_in(args.seed, phase))
-            batch = [rows[i] for i in picked]
-            mine = batch[RANK::WORLD]
-            share = math.ceil(len(batch) / WORLD)
-            empty = {key: value if key in ("id", "x") else [] for key, value in batch[0].items()}
-            mine += [empty] * (share - len(mine))
-            size = args.micro_batch_size
-            micro_batches = [mine[i : i + size] for i in range(0, share, size)]
-            self._left, self._terms = len(micro_batches), {}
-            yield batch, micro_batches
-            record = self._update(learning_rate(step, steps, args.lr, args.warmup), batch)
-            seconds = time.time() - started
-            tokens = sum(len(row["x"]) + len(row["y"]) for row in batch)
-            record = {"phase": self.phase, "step": step + 1, **record, "tokens": tokens, "seconds": round(seconds, 4)}
-            self.total += 1
-            if self._log:
-                self._log.write(json.dumps(record) + "\n")
-                self._log.flush()
-            shown = {name: f"{record[name]:.3f}" for name in ("loss", *self._terms)}
-            bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:.0f}"})
-            bar.update()
-            last = step + 1 == steps
-            if self.stopped or (args.checkpoint_every and (last or (step + 1) % args.checkpoint_every == 0)):
-                self._save_checkpoint({"phase": phase + last, "step": 0 if last else step + 1})
-            if self.stopped:
-                bar.close()
-                raise SystemExit(
-                    f"stopped after step {step + 1}; the same command goes on from there" if RANK == 0 else 1
-                )
+        title = f"{Path(sys.argv[0]).stem} {self.phase}"
+        with tqdm(total=steps, initial=first, desc=title, disable=RANK != 0) as bar:
+            for step in range(first, steps):
+                started = time.time()
+                picked = batch_rows(len(rows), step, args.batch_size, fold_in(args.seed, phase))
+                batch = [rows[i] for i in picked]
+                micro_batches = self._micro_batches(batch)
+                self._left, self._terms = len(micro_batches), {}
+                yield batch, micro_batches
+                record = self._update(learning_rate(step, steps, args.lr, args.warmup), batch)
+                seconds = time.time() - started
+                tokens = sum(len(row["x"]) + len(row["y"]) for row in batch)
+                record |= {"tokens": tokens, "seconds": round(seconds, 4)}
+                self.total += 1
+                self._write_log({"phase": self.phase, "step": step + 1, **record})
+                shown = {name: f"{record[name]:.3f}" for name in ("loss", *self._terms)}
+                bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:.0f}"})
+                bar.update()
+                last = step + 1 == steps
+                if self.stopped or (args.checkpoint_every and (last or (step + 1) % args.checkpoint_every == 0)):
+                    self._save_checkpoint({"phase": phase + last, "step": 0 if last else step + 1})
+                if self.stopped:
+                    break
         self._stepping = False
-        bar.close()
+        if self.stopped:
+            raise SystemExit(f"stopped after step {step + 1}; the same command goes on from there" if RANK == 0 else 1)
+
+    def _micro_batches(self, batch: list[dict]) -> list[list[dict]]:
+        """This rank's share of a global batch. Ranks with fewer rows get some with empty sequences, so that all take
+        part in every pass."""
+        share, size = math.ceil(len(batch) / WORLD), self.args.micro_batch_size
+        empty = {key: value if key in ("id", "x") else [] for key, value in batch[0].items()}
+        mine = batch[RANK::WORLD]
+        mine += [empty] * (share - len(mine))
+        return [mine[i : i + size] for i in range(0, share, size)]
+
+    def _write_log(self, record: dict) -> None:
+        if self._log:
+            try:
+                self._log.write(json.dumps(record).encode() + b"\n")
+            except OSError as error:
+                raise OSError(f"{self.out / 'log.jsonl'} cannot be written ({error.strerror})") from None
 
     def offline(self, name: str, make: Callable[[list[dict]], list[dict]], rows: datasets.Dataset) -> datasets.Dataset:
         """The data set --out/name that make(rows) gives by the current weights; see `offline`. For the next phase."""
@@ -369,32 +462,52 @@ class Run:
         """Clips, steps and returns what to log. Raises ValueError at a loss or gradient that is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.args.clip or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        sums = torch.tensor([*map(float, self._terms.values()), float(self._signal)], device=self.device)
-        *terms, stopped = all_sum(sums).tolist()
+        mine = [*map(float, self._terms.values())]
+        bad = [float(rank == RANK and not math.isfinite(sum(mine))) for rank in range(WORLD)]
+        stopped, *sums = all_sum(torch.tensor([float(self._signal), *bad, *mine], device=self.device)).tolist()
         self.stopped = stopped > 0  # agreed: all ranks stop at the same step
-        if not math.isfinite(norm + sum(terms)):
-            ids = ", ".join(str(row.get("id")) for row in batch)
-            raise ValueError(f"step {self.total + 1}: loss {terms} or gradient norm {norm} is not finite; rows {ids}")
+        bad, terms = sums[:WORLD], dict(zip(self._terms, sums[WORLD:], strict=True))
+        if not math.isfinite(norm + sum(terms.values())):
+            ranks = [rank for rank in range(WORLD) if bad[rank]] or range(WORLD)  # all, where only the gradient is bad
+            where = "; ".join(f"rank {r}, rows {[row.get('id') for row in batch[r::WORLD]]}" for r in ranks)
+            raise ValueError(
+                f"step {self.total + 1}: loss {terms} or gradient norm {norm} is not finite ({where}); "
+                "the last checkpoint is kept"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        terms = dict(zip(self._terms, terms, strict=True))
         return {"loss": sum(terms.values()), **terms, "grad_norm": norm, "lr": lr}
 
     # ------------------------------------------------------------------------------------------ checkpoints
     def _save_checkpoint(self, where: dict[str, int]) -> None:
-        """Model, optimiser and position, under a temporary name and then renamed; the last two are kept."""
+        """Model, optimiser and position, under a temporary name and then renamed; the last two are kept.
+
+        Each rank leaves the checksums of its files. Where the disk is full, the older checkpoints stay and the run goes
+        on."""
         folder = self.out / "checkpoints" / f"{where['phase']:03d}-{where['step']:08d}"
         partial = folder.with_name(folder.name + ".partial")
         if RANK == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            for left in folder.parent.glob("*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
         barrier()
         model, optimizer = dcp_state.get_state_dict(self.model, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial)
-        if RANK == 0:
-            write_json(partial / "state.json", {**where, "total": self.total})
+        problem = ""
+        try:
+            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial)
+            if RANK == 0:
+                write_json(partial / "state.json", {**where, "total": self.total, "ranks": WORLD})
+            own = [f for f in partial.iterdir() if f.name.startswith(f"__{RANK}_") or not RANK and f.name[:2] != "__"]
+            write_json(partial / f"checksums-{RANK}.json", {f.name: checksum(f) for f in own})
+        except (OSError, dcp.api.CheckpointException) as error:
+            problem = first_line(error)
+        if all_sum(torch.tensor(float(bool(problem)), device=self.device)):
+            if RANK == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            problem = problem or "on another rank"
+            print0(f"WARNING: no checkpoint at step {self.total}: {problem}; the older ones are kept, the run goes on")
+        elif RANK == 0:
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
             for old in self._checkpoints()[:-2]:
@@ -402,20 +515,30 @@ class Run:
         barrier()
 
     def _checkpoints(self) -> list[Path]:
-        folders = (self.out / "checkpoints").glob("*-*")
-        return sorted(folder for folder in folders if folder.suffix != ".partial")
+        return sorted(folder for folder in (self.out / "checkpoints").glob("*-*") if not folder.suffix)
 
     def _load_checkpoint(self) -> None:
-        if not self._checkpoints():
-            return self._cut_log()
-        self._from = self._checkpoints()[-1]
-        self.resume = json.loads((self._from / "state.json").read_text())
-        self.total = self.resume["total"]
-        model = dcp_state.get_model_state_dict(self.model)
-        dcp.load({"model": model}, checkpoint_id=self._from)
-        dcp_state.set_model_state_dict(self.model, model)
+        """The newest that is whole, if any: position and weights now, the optimiser when its phase begins."""
+        folders = self._checkpoints()
+        barrier()  # all have looked before any is set aside
+        while folders:
+            self._from = folders.pop()
+            problem = damage(self._from)
+            if not all_sum(torch.tensor(float(bool(problem)), device=self.device)):
+                self.resume = json.loads((self._from / "state.json").read_text())
+                self.total = self.resume["total"]
+                model = dcp_state.get_model_state_dict(self.model)
+                dcp.load({"model": model}, checkpoint_id=self._from)
+                dcp_state.set_model_state_dict(self.model, model)
+                print0(f"goes on from {self._from} (step {self.total})")
+                break
+            before = f"goes back to {folders[-1].name}" if folders else "begins anew"
+            print0(f"WARNING: checkpoint {self._from} is damaged ({problem or 'see the other ranks'}); {before}")
+            if RANK == 0:
+                aside = self._from.with_name(self._from.name + ".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                self._from.rename(aside)
         self._cut_log()
-        print0(f"goes on from {self._from} (step {self.total})")
 
     def _load_optimizer(self) -> None:
         optimizer = dcp_state.get_optimizer_state_dict(self.model, self.optimizer)
@@ -425,10 +548,9 @@ class Run:
     def _cut_log(self) -> None:
         """Drops the log lines of steps that will be done again."""
         if self._log:
-            lines = (self.out / "log.jsonl").read_text().splitlines(keepends=True)[: self.total]
+            lines = (self.out / "log.jsonl").read_bytes().splitlines(keepends=True)[: self.total]
             self._log.truncate(0)
-            self._log.writelines(lines)
-            self._log.flush()
+            self._log.write(b"".join(lines))
 
     def finish(self) -> None:
         """Saves a Hugging Face folder and removes the checkpoints. config.json, moved in last, marks the end."""
@@ -457,7 +579,10 @@ def start(
         print0(note)
     if len(examples) < WORLD:
         raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
-    model = load_model(args.model, args.dtype)
+    model = load_model(
+        args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step,
+        recompute=args.activation_checkpointing, compile=args.compile,
+    )  # fmt: skip
     tokens = max(max(len(row["x"]), len(row.get("f", []))) + max(len(row["y"]), max_new_tokens) for row in examples)
     check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
     size = min(args.batch_size, len(examples))
@@ -470,11 +595,16 @@ def start(
 def write_json(path: Path, value: object) -> None:
     """Writes under a temporary name and renames, so that a reader never sees half a file."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.rename(path)
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.rename(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror})") from None
 
 
-FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size")  # flags that change no result
+# Flags that change no result, but for rounding: the same run may go on with others.
+FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size", "shard", "lock_step", "compile",
+        "activation_checkpointing")  # fmt: skip
 
 
 def open_out(args: argparse.Namespace) -> bool:
@@ -482,6 +612,8 @@ def open_out(args: argparse.Namespace) -> bool:
 
     Raises ValueError where --out holds another command's run (naming the flags that differ), or is in use.
     """
+    if not args.out.strip():
+        raise ValueError("--out is empty: give a folder")
     out = Path(args.out)
     flags = {key: value for key, value in vars(args).items() if key not in FREE}
     if RANK == 0:
@@ -498,20 +630,48 @@ def open_out(args: argparse.Namespace) -> bool:
     barrier()
     begun = any(out.glob("D_*")) or (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 0
     if (out / "args.json").exists() and (begun or (out / "config.json").exists()):
-        old = json.loads((out / "args.json").read_text())
+        try:
+            old = dict(json.loads((out / "args.json").read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"--out {out}: args.json is broken; choose another folder or delete it") from None
         differ = sorted(k for k in old.keys() | flags.keys() if k in flags and old.get(k) != flags[k])
         if differ:
             named = ", ".join(f"--{key.replace('_', '-')} {old.get(key)} -> {flags[key]}" for key in differ)
             raise ValueError(f"--out {out} belongs to another run ({named}); choose another folder or delete it")
         if (out / "config.json").exists():
             print0(f"{out}: already done")
+            if RANK == 0:
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)
             return False
     elif (out / "config.json").exists():
         raise ValueError(f"--out {out} holds a model that this stage did not make; choose another folder")
     barrier()
     if RANK == 0:
         write_json(out / "args.json", flags)
+    wait_for(out / "args.json")
     return True
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, "" if nothing. Each rank reads its share of them."""
+    try:
+        ranks = json.loads((checkpoint / "state.json").read_text())["ranks"]
+        sums: dict[str, int] = {}
+        for rank in range(ranks):
+            sums |= json.loads((checkpoint / f"checksums-{rank}.json").read_text())
+        changed = [name for name in sorted(sums)[RANK::WORLD] if checksum(checkpoint / name) != sums[name]]
+    except (OSError, ValueError, KeyError) as error:
+        return first_line(error)
+    return f"{changed[0]} has changed" if changed else ""
 
 
 def save_model(model: torch.nn.Module, tokenizer: AutoTokenizer, out: Path) -> None:
@@ -523,8 +683,12 @@ def save_model(model: torch.nn.Module, tokenizer: AutoTokenizer, out: Path) -> N
         state = {name: value for name, value in state.items() if name in names}  # tied weights once
         partial = out / ".saving"
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
+        try:
+            model.save_pretrained(partial, state_dict=state)
+            tokenizer.save_pretrained(partial)
+        except Exception as error:  # safetensors has errors of its own
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"--out {out}: the model cannot be written ({first_line(error)})") from None
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(out / file.name)
         partial.rmdir()
@@ -546,13 +710,17 @@ def offline(
     """The rows that make(list of rows) returns, in order, as a data set in `folder`.
 
     Chunks of rows are divided over the ranks and each is kept as soon as it is done, so an interrupted command goes on
-    where it stopped, at any number of ranks. Inside make the model's weights are gathered.
+    where it stopped, at any number of ranks. make runs under `inference`.
     """
+    parts = folder.with_name(folder.name + ".parts")
     if not (folder / "dataset_info.json").exists():
-        parts = folder.with_name(folder.name + ".parts")
-        parts.mkdir(parents=True, exist_ok=True)
+        if RANK == 0 and not (parts / "chunk.json").exists():  # as begun: the number of ranks may change
+            parts.mkdir(parents=True, exist_ok=True)
+            write_json(parts / "chunk.json", min(chunk, math.ceil(len(rows) / WORLD)))
+        wait_for(parts / "chunk.json")
+        chunk = json.loads((parts / "chunk.json").read_text())
         starts = range(0, len(rows), chunk)
-        with gathered(model):
+        with inference(model):
             for start in tqdm(starts[RANK::WORLD], desc=folder.name, unit="chunk", disable=RANK != 0):
                 part = parts / f"{start:09d}.json"
                 if not part.exists():
@@ -568,24 +736,32 @@ def offline(
             seconds = sum(part["seconds"] for part in done) / min(WORLD, len(done))  # of one rank
             write_json(partial / "source.json", {"tokenizer": fingerprint(tokenizer), "seconds": seconds})
             partial.rename(folder)
-            shutil.rmtree(parts)
-        barrier()
+        wait_for(folder / "dataset_info.json")
+    if RANK == 0:
+        shutil.rmtree(parts, ignore_errors=True)
     return datasets.load_from_disk(str(folder))
 
 
-def read_pairs(folder: str, pair: tuple[str, str], tokenizer: AutoTokenizer) -> datasets.Dataset:
+def read_pairs(
+    folder: str, pair: tuple[str, str], tokenizer: AutoTokenizer, model: torch.nn.Module | None = None
+) -> datasets.Dataset:
     """A D_s or D_r made before, here or by another program. pair: the two columns that must be of equal length.
 
     Raises ValueError, with the folder and the column or row, where the data set does not fit."""
     if not (Path(folder) / "dataset_info.json").exists():
         raise ValueError(f"--pairs {folder}: not a folder written by datasets' save_to_disk")
-    data = datasets.load_from_disk(folder)
+    source = Path(folder) / "source.json"
+    try:
+        made_with = json.loads(source.read_text())["tokenizer"] if source.exists() else None
+        data = datasets.load_from_disk(folder)
+        data[0]
+    except Exception as error:  # OSError, ValueError, KeyError or TypeError; IndexError without rows
+        raise ValueError(f"--pairs {folder}: cannot be read, or has no rows ({first_line(error)})") from None
     columns = {"x", "y", *pair}
     if not columns <= set(data.column_names):
         missing = ", ".join(sorted(columns - set(data.column_names)))
         raise ValueError(f"--pairs {folder}: no column {missing}; there are {', '.join(data.column_names)}")
-    source = Path(folder) / "source.json"
-    if source.exists() and json.loads(source.read_text()).get("tokenizer") != fingerprint(tokenizer):
+    if source.exists() and made_with != fingerprint(tokenizer):
         raise ValueError(f"--pairs {folder}: was made with another tokenizer than this model's")
     for i, row in enumerate(data):
         for name in sorted(columns):
@@ -600,4 +776,7 @@ def read_pairs(folder: str, pair: tuple[str, str], tokenizer: AutoTokenizer) -> 
         a, b = (len(row[name]) for name in pair)
         if a != b:
             raise ValueError(f"--pairs {folder}, row {i}: {pair[0]} has {a} tokens, {pair[1]} has {b}")
+        if model is not None:
+            largest = max(token for name in columns for token in row[name])
+            check_fits(model, len(row["x"]) + max(a, len(row["y"])), largest, f"--pairs {folder}, row {i}: x and y")
     return data

@@ -186,6 +186,8 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
         x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
         g = generate.mix(model, x, y, beta=args.beta, ids=ids, batch_size=args.batch_size)  # Eq. 4
         on_y, on_g = (nll(model, x, inputs, y, min(8, args.batch_size)) for inputs in (y, g))
+        if not math.isfinite(sum(on_y + on_g)):
+            raise ValueError(f"--model {args.model}: the loss of rows {ids[0]} to {ids[-1]} is not finite")
         new = zip(rows, g, on_y, on_g, strict=True)
         return [{**row, "g": g_i, "nll_y": a, "nll_g": b} for row, g_i, a, b in new]
 
@@ -234,8 +236,11 @@ def claim(args: argparse.Namespace) -> bool:
     """Claims --out for these flags. False where they are done; ValueError where --out holds what other flags made."""
     out = Path(args.out)
     if any(made for name in ("results.json", "generations*", "exposure*", "recovery*") for made in out.glob(name)):
-        old = json.loads((out / "args.json").read_text()) if (out / "args.json").exists() else {}
-        flags = {key: value for key, value in vars(args).items() if key not in ("out", "batch_size")}
+        try:
+            old = dict(json.loads((out / "args.json").read_text()))
+        except (OSError, ValueError, TypeError):  # gone or broken
+            old = {}
+        flags = {key: value for key, value in vars(args).items() if key not in (*ddp.FREE, "batch_size")}
         differ = [key for key in flags if old.get(key) != flags[key]]
         if differ:
             named = ", ".join(f"--{key.replace('_', '-')} {old.get(key)} -> {flags[key]}" for key in differ)
@@ -249,6 +254,8 @@ def claim(args: argparse.Namespace) -> bool:
 def run(args: argparse.Namespace) -> None:
     """Measures one model and writes OUT/results.json."""
     ddp.init()
+    if not args.name.strip():
+        raise ValueError("--name is empty: it is the row of the table")
     spec = data.TASKS[args.task]
     args.max_response = args.max_response or spec.max_response
     if args.temperatures is None:
@@ -269,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
         if silent:
             ddp.print0(f"{len(silent)} references without an answer count as never reached, first: row {silent[0]}")
 
-    model = ddp.load_model(args.model, args.dtype)
+    model = ddp.load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step)
     tokens = max(len(row["x"]) + max(len(row["y"]), args.max_response * bool(args.temperatures)) for row in examples)
     if args.task == "toy":
         tokens = max(len(row["x"] + row["y"]) for row in examples) + args.max_response  # recovery begins inside of y
@@ -331,7 +338,10 @@ def read_results(paths: list[str]) -> list[dict]:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             found = found.get("runs", [found])
-            good = all({"name", "seed", "n", "metrics", *SAME} <= one.keys() for one in found)
+            good = found and all({"name", "seed", "n", "metrics", *SAME} <= one.keys() for one in found)
+            for one in found if good else []:
+                good &= isinstance(one["name"], str) and isinstance(one["seed"], int)
+                good &= all(isinstance(value, int | float) for value in [one["beta"], *one["metrics"].values()])
         except (ValueError, TypeError, AttributeError):
             good = False
         if not good:

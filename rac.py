@@ -137,13 +137,13 @@ def main() -> None:
     parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
     run, examples = ddp.start(args, data.load, args.max_response or data.TASKS[args.task].max_response)
+    pairs = None
+    if args.pairs is not None:  # read first: what is wrong with them shows before any training
+        pairs = ddp.read_pairs(args.pairs, ("z", "z_bar"), run.tokenizer, run.model)
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
     for iteration in range(1, args.iterations + 1):  # line 7
-        if args.pairs and iteration == 1:
-            d_r = ddp.read_pairs(args.pairs, ("z", "z_bar"), run.tokenizer)
-        else:
-            d_r = make_d_r(run, examples, args, iteration)  # lines 8-13
+        d_r = pairs if pairs and iteration == 1 else make_d_r(run, examples, args, iteration)  # lines 8-13
         report(d_r, run.tokenizer, args.task, run.out / f"D_r_{iteration}.json")
         for batch, micro_batches in run.steps(d_r, args.epochs):  # lines 14-15
             n_y = sum(len(row["y"]) for row in batch)  # tokens of the global batch

@@ -24,7 +24,7 @@ if [ -z "${PYTHON:-}" ]; then
     fi
 fi
 if [ "${1:-}" = test ]; then
-    exec "$PYTHON" -m pytest -q "${@:2}"
+    exec "$PYTHON" -m pytest -q -n auto --dist loadfile "${@:2}"
 fi
 
 OUT=${OUT:-out${QUICK:+-quick}} SEEDS=${SEEDS:-1} NPROC=${NPROC:-1} JOBS=${JOBS:-$(($(nproc) / ${NPROC:-1}))}

@@ -54,7 +54,7 @@ def main() -> None:
     for batch, micro_batches in run.steps(examples, args.epochs):
         n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
         seed = ddp.fold_in(args.seed, run.total)
-        with ddp.gathered(run.model):
+        with ddp.inference(run.model):
             gs = [mixed(run.model, rows, args, seed) for rows in micro_batches]  # Eq. 4
         for rows, g in zip(micro_batches, gs, strict=True):
             x, y = [row["x"] for row in rows], [row["y"] for row in rows]

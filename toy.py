@@ -341,9 +341,10 @@ def train_base(model, steps: int, seed: int, batch_size=32):
 
 def text_columns(files: list[str]):
     """Every string of every row of .jsonl files."""
+    import data
+
     for file in files:
-        for line in Path(file).read_text().splitlines():
-            row = json.loads(line)
+        for row in data.read(file):
             for value in row.values():
                 yield from (part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str))
 
@@ -363,21 +364,27 @@ def byte_tokenizer(files: list[str], vocab: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    import ddp_utils as ddp
+
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    base, data, pairs, text = (commands.add_parser(name) for name in ("base", "data", "oracle", "bytes"))
+    names = ("base", "data", "oracle", "bytes")
+    base, data, pairs, text = (commands.add_parser(name, allow_abbrev=False) for name in names)
     for command in (base, data, pairs, text):
         command.add_argument("--out", type=Path, required=True)
-        command.add_argument("--seed", type=int, default=0)
-    base.add_argument("--steps", type=int, default=900, help="three minutes on one idle core")
+        command.add_argument("--seed", type=ddp.number(0, 2**63 - 1, int), default=0)
+    base.add_argument("--steps", type=ddp.number(1, kind=int), default=900, help="three minutes on one idle core")
     for split, n in (("train", 500), ("valid", 300), ("test", 400)):
-        data.add_argument(f"--{split}", type=int, default=n)
+        data.add_argument(f"--{split}", type=ddp.number(1, kind=int), default=n)
     pairs.add_argument("--pairs", required=True, help="a `datasets` folder with columns x, y, z, z_bar")
     text.add_argument("--text", nargs="+", required=True, help=".jsonl files")
-    text.add_argument("--vocab", type=int, default=2048)
-    text.add_argument("--layers", type=int, default=4)
-    text.add_argument("--width", type=int, default=128)
+    text.add_argument("--vocab", type=ddp.number(257, kind=int), default=2048, help="the bytes, <eos>, and merges")
+    text.add_argument("--layers", type=ddp.number(1, kind=int), default=4)
+    text.add_argument("--width", type=ddp.number(16, kind=int), default=128)
     args = parser.parse_args()
+    if args.command == "bytes" and args.width % 16:
+        raise ValueError(f"--width {args.width}: must be a multiple of 16 (four heads of an even number of pairs)")
 
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another folder or delete it")
@@ -389,9 +396,7 @@ def main():
         for split, rows in splits(args.train, args.valid, args.test, args.seed).items():
             (partial / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif args.command == "oracle":
-        from datasets import load_from_disk
-
-        oracle(load_from_disk(args.pairs)).save_to_disk(partial)
+        oracle(ddp.read_pairs(args.pairs, ("z", "z_bar"), tokenizer())).save_to_disk(partial)
     else:
         tok = tokenizer() if args.command == "base" else byte_tokenizer(args.text, args.vocab)
         special_ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

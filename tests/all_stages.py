@@ -1,6 +1,6 @@
 """Run by test_training.py, alone or under torchrun: every stage on every architecture, in one process a rank.
 
-python all_stages.py WORLD NAME [flags]
+python all_stages.py WORLD NAME ARCHITECTURES [flags]
 """
 
 import sys
@@ -10,12 +10,11 @@ import ddp_utils as ddp
 import rac
 import scs
 import sft
-import tiny
 
 
 def main() -> None:
-    world, name, *extra = sys.argv[1:]
-    for arch in tiny.ARCHS:
+    world, name, archs, *extra = sys.argv[1:]
+    for arch in archs.split(","):
         for stage in (sft, scs, bash, rac):
             out = f"{world}/{name}-{arch}-{stage.__name__}"
             flags = f"--model {world}/{arch} --task toy --data {world}/train.jsonl --out {out} --epochs 2"

@@ -258,7 +258,7 @@ def test_a_diverging_run_stops_and_names_step_and_rows(base, tmp_path, monkeypat
     model.save_pretrained(tmp_path / "nan")
     tiny.word_tokenizer().save_pretrained(tmp_path / "nan")
     line = fails(monkeypatch, capsys, "sft", base, tmp_path / "out", model=tmp_path / "nan")
-    assert "step 1: loss" in line and "not finite; rows" in line
+    assert line.startswith("sft.py: error: step 1: loss") and "not finite (rank 0, rows [" in line
 
 
 def test_a_batch_that_ran_out_of_memory_can_be_tried_with_a_smaller_micro_batch(base, tmp_path, monkeypatch):

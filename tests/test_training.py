@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_from_disk
 from safetensors.torch import load_file
 
 import ddp_utils as ddp
@@ -98,8 +99,9 @@ def test_fold_in_gives_distinct_seeds():
 @pytest.fixture(scope="session")
 def everyone(world):
     """All stages on all architectures, by one process and by two ranks, with different micro-batches."""
-    launch(HERE / "all_stages.py", world, "one", "--micro-batch-size", 5)
-    launch(HERE / "all_stages.py", world, "two", "--micro-batch-size", 2, ranks=2)
+    archs = ",".join(tiny.ARCHS)
+    launch(HERE / "all_stages.py", world, "one", archs, "--micro-batch-size", 5)
+    launch(HERE / "all_stages.py", world, "two", archs, "--micro-batch-size", 2, ranks=2)
     return world
 
 
@@ -117,8 +119,6 @@ def test_two_ranks_equal_one(everyone, arch, stage):
 @pytest.mark.parametrize("arch", tiny.ARCHS)
 @pytest.mark.parametrize("stage, name", [("bash", "D_s_1"), ("rac", "D_r_1")])
 def test_generated_data_do_not_depend_on_the_number_of_ranks(everyone, arch, stage, name):
-    from datasets import load_from_disk
-
     one, two = (load_from_disk(everyone / f"{run}-{arch}-{stage}" / name).to_list() for run in ("one", "two"))
     assert one == two
 
@@ -151,6 +151,64 @@ def test_saved_folders_are_ordinary(everyone):
         assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
         assert not (folder / "checkpoints").exists()
         assert json.loads((folder / "args.json").read_text())["task"] == "ultrachat"
+
+
+# ------------------------------------------------------------------------------------------------ shapes of a run
+SHAPES = {
+    "hybrid": (4, "llama,gpt2", ["--shard", "2", "--activation-checkpointing"]),
+    "replicas": (2, "qwen2", ["--shard", "1"]),
+    "lock-step": (2, "llama,mistral", ["--lock-step"]),
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shaped(request, everyone):
+    ranks, archs, flags = SHAPES[request.param]
+    launch(HERE / "all_stages.py", everyone, request.param, archs, "--micro-batch-size", 2, *flags, ranks=ranks)
+    return request.param, archs.split(",")
+
+
+def test_other_shapes_equal_one_process(everyone, shaped):
+    """Hybrid sharding, whole replicas, recomputed activations, lock-step generation: the same as one process."""
+    name, archs = shaped
+    for arch in archs:
+        for stage in STAGES:
+            one, other = everyone / f"one-{arch}-{stage}", everyone / f"{name}-{arch}-{stage}"
+            for a, b in zip(log(one), log(other), strict=True):
+                assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-5)
+            assert largest_difference(one, other) < 1e-4
+            for made in one.glob("D_*_1"):
+                assert load_from_disk(made).to_list() == load_from_disk(other / made.name).to_list()
+
+
+@pytest.fixture(scope="module")
+def plain(world, tmp_path_factory):
+    """A short run of SFT, as a command line and as a folder."""
+    words = ["sft.py", "--model", world / "llama", "--data", world / "train.jsonl", *FLAGS, "--batch-size", 4]
+    out = tmp_path_factory.mktemp("plain") / "out"
+    launch(*words, "--out", out)
+    return words, out
+
+
+def test_compiled_blocks_learn_the_same(plain, tmp_path):
+    words, out = plain
+    launch(*words, "--out", tmp_path / "out", "--compile", "--activation-checkpointing")
+    for a, b in zip(log(out), log(tmp_path / "out"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(plain, tmp_path, ranks):
+    words, out = plain
+    launch(*words, "--out", tmp_path / "out", "--dtype", "bfloat16", ranks=ranks)
+    assert {str(tensor.dtype) for tensor in weights(tmp_path / "out").values()} == {"torch.float32"}
+    for a, b in zip(log(out), log(tmp_path / "out"), strict=True):
+        assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+
+
+def test_a_shard_that_does_not_divide(plain, tmp_path):
+    done = launch(*plain[0], "--out", tmp_path / "out", "--shard", 2, check=False)
+    assert done.returncode == 2 and "--shard 2 does not divide the 1 processes" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ interruption
