@@ -37,13 +37,17 @@ def bash_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tupl
 def make_d_s(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
     """D_s = {(x, y, y_hat)} by the current model (Algorithm 1, line 8): y_hat is y mixed with model tokens, Eq. 4."""
     options = {"beta": args.beta, "temperature": args.temperature, "batch_size": args.generation_batch_size}
+    options["stats"] = stats = {"forwards": 0}
 
     def make(rows: list[dict]) -> list[dict]:
         x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
         y_hat = generate.mix(run.model, x, y, seed=ddp.fold_in(args.seed, iteration), ids=ids, **options)  # Eq. 4
         return [row | {"y_hat": mixed} for row, mixed in zip(rows, y_hat, strict=True)]
 
-    return run.offline(f"D_s_{iteration}", make, examples)
+    d_s = run.offline(f"D_s_{iteration}", make, examples)
+    if stats["forwards"]:
+        ddp.print0(f"D_s_{iteration}: drawn in {stats['forwards']} forwards of one process")
+    return d_s
 
 
 def main() -> None:
@@ -54,6 +58,7 @@ def main() -> None:
     parser.add_argument("--sft-weight", type=ddp.number(0), default=1.0, help="of J_SFT beside J_BASH (0: Table 6)")
     parser.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in y_hat")
     parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of y_hat")
+    parser.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
     parser.add_argument("--pairs", help="a D_s to use in the first iteration instead of making one")
     parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
@@ -63,6 +68,7 @@ def main() -> None:
         pairs = ddp.read_pairs(args.pairs, ("y", "y_hat"), run.tokenizer, run.model)
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
+    weight = {"bash": 1.0, "sft": args.sft_weight}
     for iteration in range(1, args.iterations + 1):  # line 7
         d_s = pairs if pairs and iteration == 1 else make_d_s(run, examples, args, iteration)  # line 8
         differ = sum(a != b for row in d_s for a, b in zip(row["y"], row["y_hat"], strict=True))
@@ -70,13 +76,12 @@ def main() -> None:
         for batch, micro_batches in run.steps(d_s, args.epochs):  # lines 9-10
             n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
             for rows in micro_batches:
-                x = [row["x"] for row in rows]
-                b = data.batch(x, [row["y"] for row in rows], run.device)
-                b_hat = data.batch(x, [row["y_hat"] for row in rows], run.device)  # y_hat is as long as y
-                terms = {"bash": bash_loss(data.response_logits(run.model, b_hat), b.y, b.mask)[0] / n}  # line 12
-                if args.sft_weight:  # line 11
-                    terms["sft"] = args.sft_weight * sft_loss(data.response_logits(run.model, b), b.y, b.mask)[0] / n
-                run.backward(**terms)  # line 13
+                x, y, y_hat = ([row[name] for row in rows] for name in ("x", "y", "y_hat"))
+                terms = {"bash": (bash_loss, y_hat, y)}  # line 12: y_hat is read, y is the target
+                if args.sft_weight:
+                    terms["sft"] = (sft_loss, y, y)  # line 11
+                sums = data.losses(run.model, x, terms, args.share_prompt)
+                run.backward(**{name: weight[name] * total / n for name, total in sums.items()})  # line 13
     run.finish()
 
 

@@ -1,8 +1,9 @@
-"""Datasets, the paper's prompts x and f(x, y), and the one batch layout of this repository.
+"""Datasets, the paper's prompts x and f(x, y), the one batch layout of this repository, and passes over it.
 
     examples, notes = data.examples("gsm8k", tokenizer, data="train.jsonl")     # rows of token ids: id, x, y, f
     batch = data.batch([row["x"] for row in rows], [row["y"] for row in rows])
     logits = data.response_logits(model, batch)                                 # [B, L, V], ready for any loss here
+    sums = data.losses(model, x, {"sft": (sft_loss, y, y), "bash": (bash_loss, y_hat, y)})      # the same, for training
 
 A task fixes the columns that are read, the templates of the paper's appendix A.1, the length limits and the hub name; a
 local .jsonl, .json or .parquet file (or another hub set) with the same columns can stand in for the hub set.
@@ -19,6 +20,7 @@ Decisions that the paper leaves open
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 RAC_SYSTEM = (  # appendix A.1, word for word ("Your will" included)
     "You are a helpful assistant to answer user's question. Your will be given both a question and reference response. "
@@ -384,3 +387,132 @@ def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         use_cache=False,
         logits_to_keep=batch.y.shape[1],
     ).logits
+
+
+# ---------------------------------------------------------------------------------------------- training passes
+Rows = list[list[int]]  # token ids, one list a row
+CHUNK = 2**26  # logits made at a time: 256 MB in float32
+
+
+def losses(
+    model: torch.nn.Module, x: Rows, terms: dict[str, tuple], share_prompt: bool = False
+) -> dict[str, torch.Tensor]:
+    """The sums of one or more losses over a micro-batch, from one forward pass: {name: float32 scalar}.
+
+    x: B prompts. terms: {name: (loss, given, *targets)}, where given and targets are B rows of token ids. The model
+    reads given after x, and loss(logits, *targets, mask) gets the logits that predict each of its tokens.
+
+    Equal to `loss(response_logits(model, batch(x, given)), *targets, mask)`, except for rounding, and cheaper:
+    - one pass for all terms; rows with nothing given are left out (but one: other ranks wait for this one's pass);
+    - [B, L, V] never exists: logits are made where there is a token to predict, CHUNK at a time (and once more for the
+      backward, where it takes several chunks);
+    - share_prompt: x is read once, followed by all terms' tokens, which do not see each other.
+    Raises ValueError where share_prompt does not work with the model.
+    """
+    given = [term[1] for term in terms.values()]
+    if share_prompt and len(given) > 1:  # a row of the pass: the (term, example) pairs that follow one prompt
+        groups = [[(k, i) for k in range(len(given))] for i in range(len(x)) if any(rows[i] for rows in given)]
+    else:
+        groups = [[(k, i)] for k, rows in enumerate(given) for i in range(len(x)) if rows[i]]
+    groups = groups or [[(0, 0)]]
+    inputs, columns = pack([x[group[0][1]] for group in groups], [[given[k][i] for k, i in g] for g in groups], model)
+    at: list[list[tuple[int, int]]] = [[] for _ in terms]  # of each term: row and column that predict each token
+    order: list[list[int]] = [[] for _ in terms]  # ... and the examples that these belong to
+    for b, group in enumerate(groups):
+        for places, (k, i) in zip(columns, group, strict=True):
+            at[k] += [(b, column) for column in places[: len(given[k][i])]]
+            order[k].append(i)
+    parts = []  # loss, [2, N] and the targets [N] of each term
+    for (loss, _, *targets), places, examples in zip(terms.values(), at, order, strict=True):
+        flat = [torch.tensor([token for i in examples for token in rows[i]], device=model.device) for rows in targets]
+        parts.append((loss, torch.tensor(places, device=model.device).long().view(-1, 2).T, [t.long() for t in flat]))
+    size = max(1, CHUNK // model.config.get_text_config().vocab_size)
+
+    def sums(output: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor) -> torch.Tensor:
+        """[terms], by logits = output(source[row, column])."""
+        return torch.stack([in_chunks(loss, output, source[tuple(place)], t, size) for loss, place, t in parts])
+
+    made = None
+    if not getattr(model, "changes_logits", False):
+        head = model.get_output_embeddings()
+        plain = head.forward
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:  # [B, S, d], at the door of the output matrix
+            nonlocal made
+            made = sums(plain, hidden)
+            return made
+
+        head.forward = forward
+        try:
+            model.changes_logits = model(**inputs, use_cache=False).logits is not made
+        finally:
+            del head.forward
+    if model.changes_logits:  # as Gemma 2 does, which caps them: then only whole logits will do
+        made = sums(lambda logits: logits, model(**inputs, use_cache=False).logits)
+    return dict(zip(terms, made, strict=True))
+
+
+def in_chunks(
+    loss: Callable, output: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: list, size: int
+) -> torch.Tensor:
+    """The sum of loss over tokens, hidden [N, d] and targets [N], with the logits of `size` of them at a time."""
+
+    def one(hidden: torch.Tensor, *targets: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(targets[0])
+        return loss(output(hidden)[None], *(target[None] for target in targets), mask[None])[0]
+
+    if len(hidden) <= size:
+        return one(hidden, *targets)
+    again = functools.partial(checkpoint, one, use_reentrant=False, preserve_rng_state=False)
+    return sum(again(*pieces) for pieces in zip(*(tensor.split(size) for tensor in (hidden, *targets)), strict=True))
+
+
+def pack(
+    prompts: Rows, segments: list[Rows], model: torch.nn.Module
+) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    """Each prompt followed by its segments, each of which sees the prompt and itself -> the model's inputs, and for
+    each segment the columns that predict its tokens (the prompt's last, then its own; its last token is not read).
+
+    Example: prompts [[5, 6], [8]] with segments [[1, 2], [3, 4, 7]] and [[9, 9], [2]] gives
+        input_ids  5 6 1 3 4    position_ids  0 1 2 2 3    and a 4-D mask by which 1 does not see 3 and 4, and so on
+                   0 8 9 0 0                  0 0 1 1 2    columns  [1, 2, ...] and [1, 3, 4, ...]
+    """
+    width = max(map(len, prompts))
+    widths = [max(max(len(row[s]) for row in segments) - 1, 0) for s in range(len(segments[0]))]
+    starts = [width + sum(widths[:s]) for s in range(len(widths) + 1)]
+    ids, position, real = torch.zeros(3, len(prompts), starts[-1], dtype=torch.long)  # [B, S] each
+    for b, (prompt, row) in enumerate(zip(prompts, segments, strict=True)):
+        n = len(prompt)
+        for start, tokens, first in [(width - n, prompt, 0), *((at, t[:-1], n) for at, t in zip(starts, row))]:
+            place = slice(start, start + len(tokens))
+            ids[b, place] = torch.tensor(tokens, dtype=torch.long)
+            position[b, place] = torch.arange(first, first + len(tokens))
+            real[b, place] = 1
+    mask = real
+    if len(widths) > 1:
+        mask = mask_4d(real.bool(), position, starts, model)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+    # the column that predicts token j: the prompt's last for j = 0, then the segment's own
+    columns = [[width - 1, *range(start, end)] for start, end in zip(starts, starts[1:])]
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}, columns
+
+
+def mask_4d(real: torch.Tensor, position: torch.Tensor, starts: list[int], model: torch.nn.Module) -> torch.Tensor:
+    """The mask [B, 1, S, S] of `pack`: a token sees its prompt, and its own segment up to itself."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["by its window"])
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"--share-prompt needs 4-D attention masks, which {config._attn_implementation} does not take")
+    if len(kinds) > 1 or not kinds <= {"by its window", "full_attention", "sliding_attention"}:
+        raise ValueError(f"--share-prompt: this model's layers differ in what they see ({', '.join(sorted(kinds))})")
+    column = torch.arange(real.shape[1])
+    segment = torch.bucketize(column, torch.tensor(starts[:-1]), right=True)  # [S], 0 in the prompt, then 1, 2, ...
+    seen = (segment[None] == 0) | (segment[None] == segment[:, None])  # [S, S], query by key
+    seen = (seen & (column[None] <= column[:, None])) & real[:, None]  # [B, S, S]
+    window = getattr(config, "sliding_window", None)
+    if window and kinds != {"full_attention"}:
+        seen &= position[:, :, None] - position[:, None] < window
+    seen |= torch.eye(len(column), dtype=torch.bool)  # padding must see something: itself
+    if config._attn_implementation == "eager":  # there a mask is added to the scores
+        return torch.zeros(seen.shape).masked_fill(~seen, -1e30)[:, None]
+    return seen[:, None]

@@ -362,6 +362,11 @@ def batch_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
     return torch.randperm(n, generator=generator)[k * batch_size : (k + 1) * batch_size].tolist()
 
 
+def length(row: dict) -> int:
+    """Tokens in all of a row's sequences."""
+    return sum(len(value) for value in row.values() if isinstance(value, list))
+
+
 class Run:
     """One training run: --out, its log and checkpoints, the optimiser step. Each call of `steps` is a phase."""
 
@@ -370,6 +375,7 @@ class Run:
         self.device = model.device
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.phase = self.total = 0  # phases begun, steps done in all of them
+        self.also: dict[str, float] = {}  # what a stage wants to be in the log line of its step
         self.resume = {"phase": 0, "step": 0}
         self.stopped = self._signal = self._stepping = False
         self._log = open(self.out / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
@@ -404,14 +410,14 @@ class Run:
             for step in range(first, steps):
                 started = time.time()
                 picked = batch_rows(len(rows), step, args.batch_size, fold_in(args.seed, phase))
-                batch = [rows[i] for i in picked]
+                batch = sorted((rows[i] for i in picked), key=length)  # little padding in a micro-batch
                 micro_batches = self._micro_batches(batch)
                 self._left, self._terms = len(micro_batches), {}
                 yield batch, micro_batches
                 record = self._update(learning_rate(step, steps, args.lr, args.warmup), batch)
                 seconds = time.time() - started
                 tokens = sum(len(row["x"]) + len(row["y"]) for row in batch)
-                record |= {"tokens": tokens, "seconds": round(seconds, 4)}
+                record |= {"tokens": tokens, "seconds": round(seconds, 4), **self.also}
                 self.total += 1
                 self._write_log({"phase": self.phase, "step": step + 1, **record})
                 shown = {name: f"{record[name]:.3f}" for name in ("loss", *self._terms)}
@@ -604,7 +610,7 @@ def write_json(path: Path, value: object) -> None:
 
 # Flags that change no result, but for rounding: the same run may go on with others.
 FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size", "shard", "lock_step", "compile",
-        "activation_checkpointing")  # fmt: skip
+        "activation_checkpointing", "share_prompt")  # fmt: skip
 
 
 def open_out(args: argparse.Namespace) -> bool:

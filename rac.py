@@ -25,6 +25,7 @@ Departures from the paper
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,6 +73,12 @@ def rac_labels(
         for i, row in zip(some, best, strict=True):
             labels[i] = row[: len(z[i])]
     return labels
+
+
+def to_last_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[int]]:
+    """z and z_bar up to the last position where they differ; both empty where there is none."""
+    n = max((j + 1 for j in range(len(z)) if z[j] != z_bar[j]), default=0)
+    return z[:n], z_bar[:n]
 
 
 def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
@@ -132,6 +139,7 @@ def main() -> None:
     parser.add_argument("--sft-weight", type=ddp.number(0), default=1.0, help="of J_SFT beside J_RAC (0: Table 6)")
     parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of z")
     parser.add_argument("--max-reference", type=ddp.count, default=0, help="tokens of f(x, y) (0: x + y + 128)")
+    parser.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
     parser.add_argument("--unmasked", action="store_true", help="Eq. 6 instead of Eq. 7")
     parser.add_argument("--pairs", help="a D_r to use in the first iteration instead of making one")
     parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
@@ -142,22 +150,22 @@ def main() -> None:
         pairs = ddp.read_pairs(args.pairs, ("z", "z_bar"), run.tokenizer, run.model)
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
+    weight, loss = {"rac": 1.0, "sft": args.sft_weight}, partial(rac_loss, masked=not args.unmasked)
     for iteration in range(1, args.iterations + 1):  # line 7
         d_r = pairs if pairs and iteration == 1 else make_d_r(run, examples, args, iteration)  # lines 8-13
         report(d_r, run.tokenizer, args.task, run.out / f"D_r_{iteration}.json")
         for batch, micro_batches in run.steps(d_r, args.epochs):  # lines 14-15
-            n_y = sum(len(row["y"]) for row in batch)  # tokens of the global batch
-            n_z = sum(len(row["z"]) for row in batch)  # masked ones included
+            # tokens of the global batch, of z the masked ones included
+            n = {"sft": sum(len(row["y"]) for row in batch), "rac": sum(len(row["z"]) for row in batch)}
             for rows in micro_batches:
-                x = [row["x"] for row in rows]
-                b_z = data.batch(x, [row["z"] for row in rows], run.device)
-                z_bar, _ = data.pad_responses([row["z_bar"] for row in rows], run.device)
-                logits = data.response_logits(run.model, b_z)
-                terms = {"rac": rac_loss(logits, b_z.y, z_bar, b_z.mask, not args.unmasked)[0] / n_z}  # line 17
-                if args.sft_weight:  # line 16
-                    b = data.batch(x, [row["y"] for row in rows], run.device)
-                    terms["sft"] = args.sft_weight * sft_loss(data.response_logits(run.model, b), b.y, b.mask)[0] / n_y
-                run.backward(**terms)  # line 18
+                x, y, z, z_bar = ([row[name] for row in rows] for name in ("x", "y", "z", "z_bar"))
+                if not args.unmasked:  # by causality, what follows the last correction changes nothing
+                    z, z_bar = zip(*map(to_last_correction, z, z_bar), strict=True)
+                terms = {"rac": (loss, z, z, z_bar)}  # line 17: z is read, z_bar is the target
+                if args.sft_weight:
+                    terms["sft"] = (sft_loss, y, y)  # line 16
+                sums = data.losses(run.model, x, terms, args.share_prompt)
+                run.backward(**{name: weight[name] * total / n[name] for name, total in sums.items()})  # line 18
     run.finish()
 
 

@@ -5,7 +5,9 @@
 This is what BASH approximates offline (Table 7) and the costly side of Tables 8 and 9.
 
 Departures from the paper
-- g is drawn once for the whole optimiser step, before any gradient: the weights are the same for all its micro-batches.
+- g is drawn for the whole optimiser step at once, before any gradient: the weights are the same for all its
+  micro-batches, and sharded ones are gathered once. It takes a few teacher-forced passes (generate.py). None of them can
+  serve as the loss's forward: each reads only what the passes before it have not settled, and keeps no gradient.
 - No gradient flows through g (section 3.1). An EOS that is drawn in the middle of g does not end it: Eq. 4 goes on.
 - Eq. 3 stands alone in the paper, so --sft-weight is 0 here; 1 gives the joint loss that BASH and RAC use.
 """
@@ -32,11 +34,18 @@ def scs_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple
     return nll[mask.bool()].sum(), mask.sum().float()
 
 
-def mixed(model: torch.nn.Module, rows: list[dict], args: argparse.Namespace, seed: int) -> list[list[int]]:
-    """g of Eq. 4 for each row, by the current weights."""
-    x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
+def mixed(run: ddp.Run, micro_batches: list[list[dict]], args: argparse.Namespace) -> list[list[list[int]]]:
+    """g of Eq. 4 for each row of each micro-batch, by the current weights. Logs the forwards that it took."""
+    rows = [row for some in micro_batches for row in some]
+    x, y, ids = ([row[name] for row in rows] for name in ("x", "y", "id"))
     options = {"beta": args.beta, "temperature": args.temperature, "batch_size": args.generation_batch_size}
-    return generate.mix(model, x, y, seed=seed, ids=ids, **options)
+    stats = {"forwards": 0}
+    with ddp.inference(run.model):
+        gs = iter(
+            generate.mix(run.model, x, y, seed=ddp.fold_in(args.seed, run.total), ids=ids, stats=stats, **options)
+        )
+    run.also = {"mix_forwards": stats["forwards"]}  # of rank 0
+    return [[next(gs) for _ in some] for some in micro_batches]
 
 
 def main() -> None:
@@ -46,23 +55,22 @@ def main() -> None:
     parser.add_argument("--sft-weight", type=ddp.number(0), default=0.0, help="of J_SFT beside J_SCS")
     parser.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in g")
     parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of g")
+    parser.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
     parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
     run, examples = ddp.start(args, data.load)
     sft_phase(run, examples, args.sft_epochs)
 
+    weight = {"scs": 1.0, "sft": args.sft_weight}
     for batch, micro_batches in run.steps(examples, args.epochs):
         n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
-        seed = ddp.fold_in(args.seed, run.total)
-        with ddp.inference(run.model):
-            gs = [mixed(run.model, rows, args, seed) for rows in micro_batches]  # Eq. 4
-        for rows, g in zip(micro_batches, gs, strict=True):
-            x, y = [row["x"] for row in rows], [row["y"] for row in rows]
-            b, b_g = data.batch(x, y, run.device), data.batch(x, g, run.device)  # g is as long as y
-            terms = {"scs": scs_loss(data.response_logits(run.model, b_g), b.y, b.mask)[0] / n}  # Eq. 3
+        for rows, g in zip(micro_batches, mixed(run, micro_batches, args), strict=True):  # Eq. 4
+            x, y = ([row[name] for row in rows] for name in ("x", "y"))
+            terms = {"scs": (scs_loss, g, y)}  # Eq. 3: g is read, y is the target
             if args.sft_weight:
-                terms["sft"] = args.sft_weight * sft_loss(data.response_logits(run.model, b), b.y, b.mask)[0] / n
-            run.backward(**terms)
+                terms["sft"] = (sft_loss, y, y)
+            sums = data.losses(run.model, x, terms, args.share_prompt)
+            run.backward(**{name: weight[name] * total / n for name, total in sums.items()})
     run.finish()
 
 

@@ -38,11 +38,9 @@ def sft_phase(run: ddp.Run, examples: Dataset, epochs: float) -> None:
     for batch, micro_batches in run.steps(examples, epochs):
         n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
         for rows in micro_batches:
-            b = data.batch([row["x"] for row in rows], [row["y"] for row in rows], run.device)
-            loss, _ = sft_loss(
-                data.response_logits(run.model, b), b.y, b.mask
-            )  # Eq. 1; its count is of these rows only
-            run.backward(sft=loss / n)
+            x, y = ([row[name] for row in rows] for name in ("x", "y"))
+            sums = data.losses(run.model, x, {"sft": (sft_loss, y, y)})  # Eq. 1
+            run.backward(sft=sums["sft"] / n)
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ def main() -> None:
             flags = f"--model {world}/{arch} --task toy --data {world}/train.jsonl --out {out} --epochs 2"
             flags += " --batch-size 6 --clip 0.5 --max-prompt 40 --max-response 24 --checkpoint-every 0"
             flags += " --lr 1e-4"  # AdamW steps by about lr where a gradient is rounding noise (attention's key bias)
-            sys.argv = [f"{stage.__name__}.py", *flags.split(), *extra]
+            chosen = [flag for flag in extra if stage is not sft or flag != "--share-prompt"]
+            sys.argv = [f"{stage.__name__}.py", *flags.split(), *chosen]
             if stage is rac:
                 sys.argv += ["--temperature", "0.7", "--task", "ultrachat", "--columns", "response=response"]
                 sys.argv += ["--max-reference", "120"]

@@ -225,6 +225,111 @@ def test_pad_may_equal_eos_and_the_example_in_the_docstring():
     assert b.mask.sum(1).tolist() == [3, 1] and b.attention_mask.sum(1).tolist() == [4, 2]
 
 
+# ------------------------------------------------------------------------------------------------ training passes
+def joint(rng, vocab=50):
+    """Prompts and the three terms of SFT, BASH and RAC on them; rows of very different length, some empty."""
+    from bash import bash_loss
+    from rac import rac_loss
+    from sft import sft_loss
+
+    def rows(*lengths):
+        return [[rng.randrange(vocab) for _ in range(n)] for n in lengths]
+
+    x, y, z = rows(2, 19, 5, 1), rows(6, 1, 0, 13), rows(9, 0, 0, 1)
+    terms = {"sft": (sft_loss, y, y), "bash": (bash_loss, rows(6, 1, 0, 13), y)}
+    return x, terms | {"rac": (rac_loss, z, z, rows(9, 0, 0, 1))}
+
+
+def by_definition(model, x, terms):
+    """Each term in a pass of its own, from whole logits."""
+    found = {}
+    for name, (loss, given, *targets) in terms.items():
+        b = data.batch(x, given)
+        padded = [data.pad_responses(target)[0] for target in targets]
+        found[name] = loss(data.response_logits(model, b), *padded, b.mask)[0]
+    return found
+
+
+def gradients(model, found):
+    (found["sft"] + 2 * found["bash"] + 3 * found["rac"]).backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize("share_prompt", [False, True])
+@pytest.mark.parametrize("attention, chunk", [("sdpa", 2**26), ("sdpa", 150), ("eager", 2**26)])
+@pytest.mark.parametrize("arch", tiny.ARCHS)
+def test_losses_in_one_pass_are_those_of_their_definitions(arch, attention, share_prompt, chunk, monkeypatch):
+    """Values and gradients, with chunks of 3 tokens, too; Mistral's window is shorter than its rows."""
+    monkeypatch.setattr(data, "CHUNK", chunk)
+    model = tiny.model(arch, vocab=50, attn_implementation=attention)
+    x, terms = joint(random.Random(4))
+    expected, found = by_definition(model, x, terms), data.losses(model, x, terms, share_prompt)
+    assert found.keys() == expected.keys() and not model.changes_logits
+    for name in found:
+        assert float(found[name].detach()) == pytest.approx(float(expected[name].detach()), rel=1e-5)
+    for a, b in zip(gradients(model, found), gradients(model, expected), strict=True):
+        assert torch.allclose(a, b, atol=2e-5 * float(b.abs().max()) + 1e-6)
+
+
+def test_a_model_that_changes_its_logits_gets_whole_ones():
+    """Gemma 2 caps them after the output matrix."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    size = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = AutoConfig.for_model("gemma2", vocab_size=50, intermediate_size=48, **size, initializer_range=1.0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    x, terms = joint(random.Random(5))
+    expected = by_definition(model, x, terms)
+    for _ in range(2):
+        found = data.losses(model, x, terms)
+        assert model.changes_logits
+        for name in found:
+            assert float(found[name].detach()) == pytest.approx(float(expected[name].detach()), rel=1e-5)
+    with pytest.raises(ValueError, match="--share-prompt: this model's layers differ in what they see"):
+        data.losses(model, x, terms, share_prompt=True)
+
+
+def test_share_prompt_needs_a_mask_of_four_dimensions():
+    model = tiny.model("llama", vocab=50)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="--share-prompt needs 4-D attention masks, which flash_attention_2"):
+        data.losses(model, *joint(random.Random(5)), share_prompt=True)
+
+
+def test_rows_with_nothing_to_learn_give_zero_and_a_gradient_of_zero():
+    from sft import sft_loss
+
+    model = tiny.model("llama", vocab=50)
+    found = data.losses(model, [[1, 2], [3]], {"sft": (sft_loss, [[], []], [[], []])})
+    assert float(found["sft"].detach()) == 0
+    found["sft"].backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_float32_logits_of_a_whole_batch_are_never_made(monkeypatch):
+    """The output matrix is applied to chunks of the response's tokens, and to no other."""
+    from sft import sft_loss
+
+    model, seen = tiny.model("gpt_neox", vocab=50), []
+    monkeypatch.setattr(data, "CHUNK", 50 * 4)
+    linear = type(model.get_output_embeddings()).forward
+    monkeypatch.setattr(
+        type(model.get_output_embeddings()), "forward", lambda s, h: seen.append(h.shape) or linear(s, h)
+    )
+    y = [[1] * 7, [2] * 3]
+    data.losses(model, [[1] * 20, [3] * 5], {"sft": (sft_loss, y, y)})
+    heads = [shape[0] for shape in seen if len(shape) == 2 and shape[1] == 32]
+    assert heads[-3:] == [4, 4, 2]
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 GOOD = '{"prompt": "a", "response": "b"}\n'
 BAD = [

@@ -131,6 +131,17 @@ def test_sft_weight(base, tmp_path, monkeypatch, stage):
     assert with_sft["loss"] == pytest.approx(with_sft[stage] + with_sft["sft"])
 
 
+def test_z_is_read_up_to_its_last_correction(base, tmp_path, monkeypatch):
+    """What follows changes neither loss nor gradient; rows without a correction are not read at all."""
+    assert rac.to_last_correction([1, 2, 3], [1, 5, 3]) == ([1, 2], [1, 5])
+    assert rac.to_last_correction([1, 2], [1, 2]) == ([], [])
+    cut = read_log(run(monkeypatch, "rac", base, tmp_path / "cut"))
+    monkeypatch.setattr(rac, "to_last_correction", lambda z, z_bar: (z, z_bar))
+    whole = read_log(run(monkeypatch, "rac", base, tmp_path / "whole"))
+    for a, b in zip(cut, whole, strict=True):
+        assert (a["rac"], a["grad_norm"]) == pytest.approx((b["rac"], b["grad_norm"]), rel=1e-5)
+
+
 def test_unmasked_is_eq_6(base, tmp_path, monkeypatch):
     masked = read_log(run(monkeypatch, "rac", base, tmp_path / "masked"))[0]
     unmasked = read_log(run(monkeypatch, "rac", base, tmp_path / "unmasked", "--unmasked"))[0]

@@ -158,6 +158,7 @@ SHAPES = {
     "hybrid": (4, "llama,gpt2", ["--shard", "2", "--activation-checkpointing"]),
     "replicas": (2, "qwen2", ["--shard", "1"]),
     "lock-step": (2, "llama,mistral", ["--lock-step"]),
+    "share-prompt": (2, "gpt_neox,mistral", ["--share-prompt"]),
 }
 
 
