@@ -40,7 +40,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 Rows = list[list[int]]  # token ids, one list a row
 
@@ -144,7 +145,7 @@ def pad(rows: Rows, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids, dtype=torch.int64, device=device), mask.long()
 
 
-def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache, at: Tensor | None = None) -> Tensor:
+def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, at: Tensor | None = None) -> Tensor:
     """Feeds ids [B, Q] behind the cached columns [B, S - Q]; mask [B, S] covers both. -> the logits [N, V] where `at`
     (bool [B, Q]) is true, in row order; without it those of the last column, [B, V]. [B, Q, V] is never made."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [B, Q]; padding on the left has no position
@@ -159,56 +160,102 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCac
         hook.remove()
 
 
-def prefill(model: PreTrainedModel, prompts: Rows, device: torch.device) -> tuple[Tensor, Tensor, DynamicCache]:
-    """One forward over the prompts, equal neighbours once -> last logits [B, V], mask [B, P], cache, all of B rows."""
+def prefill(model: PreTrainedModel, prompts: Rows, device: torch.device) -> tuple[Tensor, Tensor, Cache]:
+    """One forward over the prompts, equal neighbours once -> last logits [B, V], lengths [B], cache, all of B rows."""
     different = [b == 0 or prompts[b] is not prompts[b - 1] for b in range(len(prompts))]
     ids, mask = pad([prompt for prompt, new in zip(prompts, different) if new], device, left=True)  # [B', P]
-    cache = DynamicCache()
-    logits = forward(model, ids, mask, cache)  # [B', V]
+    cache = Cache(layer_class_to_replicate=Columns)
+    logits, length = forward(model, ids, mask, cache), mask.sum(1)  # [B', V], [B']
+    if logits.isnan().any():
+        raise ValueError("the model's logits are NaN: its weights are broken, or too large for --dtype")
     if not all(different):
         copy = torch.tensor(different, device=device).cumsum(0) - 1  # [B]
-        cache.batch_select_indices(copy)
-        logits, mask = logits[copy], mask[copy]
-    return logits, mask, cache
+        for layer in cache.layers:
+            layer.hold(*(t.index_select(0, copy) for t in layer.used()))
+        logits, length = logits[copy], length[copy]
+    return logits, length, cache
 
 
-# The three below reach into the layers of a DynamicCache: keys and values [B, H, S, d], in step with a mask [B, S].
+def right_aligned(length: Tensor, width: int) -> Tensor:
+    """The mask, int64 [B, width], of rows of these lengths (int64 [B]) that are padded on the left."""
+    return (torch.arange(width, device=length.device) >= width - length[:, None]).long()
 
 
-def keep_rows(cache: DynamicCache, mask: Tensor, rows: Tensor) -> Tensor:
-    """Keeps the rows of these indices (int64 [B']), and only the columns they need -> their mask [B', S']."""
-    mask = mask[rows]
-    width = int(mask.sum(1).max())  # S': all padding is on the left
+def feed(model: PreTrainedModel, tokens: Tensor, length: Tensor, cache: Cache) -> Tensor:
+    """One token [B] behind the `length` tokens [B] of each row in the cache -> the logits [B, V] after it."""
+    return forward(model, tokens[:, None], right_aligned(length + 1, cache.get_seq_length() + 1), cache)
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
+class Columns(DynamicLayer):
+    """A layer's keys and values: the first `rows` rows and the columns start … end of two buffers [R, H, C, d]. A token
+    is written into the next free column, where a DynamicLayer copies all that came before it."""
+
+    rows = start = end = 0
+
+    def hold(self, keys: Tensor, values: Tensor, free: int = 0) -> None:
+        """Takes [R, H, C, d] for its buffers, whose last `free` columns are free."""
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.rows, self.start, self.end = len(keys), 0, keys.shape[2] - free
+
+    def used(self) -> tuple[Tensor, Tensor]:
+        rows, columns = slice(self.rows), slice(self.start, self.end)
+        return self.keys[rows, :, columns], self.values[rows, :, columns]  # [B, H, S, d] each
+
+    def get_seq_length(self) -> int:
+        return self.end - self.start
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        new = key_states.shape[2]
+        if not self.is_initialized:
+            self.hold(key_states[:, :, :0], value_states[:, :, :0])
+        if self.end + new > self.keys.shape[2]:  # the rows that are not in use stay, for `join`
+            rows, old = self.rows, (t[:, :, self.start : self.end] for t in (self.keys, self.values))
+            self.hold(*(F.pad(t, (0, 0, 0, new + FREE)) for t in old), new + FREE)
+            self.rows = rows
+        self.end += new
+        keys, values = self.used()
+        keys[:, :, -new:], values[:, :, -new:] = key_states, value_states
+        return keys, values
+
+
+FREE = 64  # columns that a buffer has to spare when it is made
+
+
+def keep_rows(cache: Cache, rows: list[int], length: Tensor) -> list[int]:
+    """Keeps these rows (ascending), and the columns that their lengths need, in place: only rows behind the new end are
+    moved, into the places of those that leave -> the rows in their new order."""
+    width, size = max(length[rows].tolist(), default=0), len(rows)
+    move = dict(zip(sorted({*range(size)} - {*rows}), [row for row in rows if row >= size]))  # to: from
     for layer in cache.layers:
-        layer.keys = layer.keys[:, :, -width:].index_select(0, rows)
-        layer.values = layer.values[:, :, -width:].index_select(0, rows)
-    return mask[:, -width:]
+        layer.start = layer.end - width
+        for t in layer.used() if move else ():
+            t[[*move]] = t[[*move.values()]]
+        layer.rows = size
+    return [move.get(row, row) for row in range(size)]
 
 
-def join(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor) -> Tensor:
-    """Puts the rows of `other` below those of `cache`, both padded on the left to one width -> the mask of all."""
-    width = max(mask.shape[1], other_mask.shape[1])
-
-    def both(a: Tensor, b: Tensor) -> Tensor:  # [A, H, S, d], [B, H, S', d] -> [A + B, H, width, d]
-        return torch.cat([F.pad(t, (0, 0, width - t.shape[2], 0)) for t in (a, b)])
-
+def join(cache: Cache, other: Cache) -> None:
+    """Puts the rows of `other`, which are no longer than those of `cache`, into the places of rows that have left."""
     for layer, new in zip(cache.layers, other.layers):
-        layer.keys, layer.values = both(layer.keys, new.keys), both(layer.values, new.values)
-    return torch.cat([F.pad(m, (width - m.shape[1], 0)) for m in (mask, other_mask)])
+        layer.rows += new.rows
+        for t, u in zip(layer.used(), new.used()):
+            t[-new.rows :] = F.pad(u, (0, 0, t.shape[2] - u.shape[2], 0))
 
 
-def close_gaps(cache: DynamicCache, mask: Tensor) -> Tensor:
-    """Moves the tokens of each row to the right, so that all padding is on the left again -> the new mask [B, S'].
-    (Attention would bear gaps, but a sliding window counts columns.)"""
-    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]  # [B, S'], zeros first
-    b, h, length, _ = cache.layers[0].keys.shape
-    where = torch.arange(b * h, device=mask.device).view(b, h, 1) * length + order[:, None]  # [B, H, S'], of B·H·S
-
-    def move(t: Tensor) -> Tensor:  # as rows of one matrix: many times faster than gather
-        return t.reshape(-1, t.shape[-1]).index_select(0, where.flatten()).view(b, h, -1, t.shape[-1])
-
+def close_gaps(cache: Cache, mask: Tensor, rows: list[int]) -> Tensor:
+    """Keeps these rows, and moves their tokens to the right, so that all padding is on the left again -> the new mask
+    [B', S']. (Attention would bear gaps, but a sliding window counts columns.)"""
+    mask, row = mask[rows], torch.tensor(rows, device=mask.device)
+    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]  # [B', S'], zeros first
     for layer in cache.layers:
-        layer.keys, layer.values = move(layer.keys), move(layer.values)
+        h, width = layer.keys.shape[1:3]  # C columns; the S' of each head are rows of one matrix [R·H·C, d]:
+        head = row[:, None] * h + torch.arange(h, device=mask.device)  # [B', H]; index_select is 6 times as fast as
+        where = head[..., None] * width + layer.start + F.pad(order, (0, FREE))[:, None]  # gather or t[where]
+        new = (t.view(-1, t.shape[3]).index_select(0, where.flatten()) for t in (layer.keys, layer.values))
+        layer.hold(*(t.view(*where.shape, -1) for t in new), FREE)  # [B', H, S' + FREE, d]
     return mask.gather(1, order)
 
 
@@ -255,31 +302,37 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together, the largest first
     waiting = [(i, sample) for i in order for sample in range(n)] if max_new_tokens else []
     batch: list[tuple[int, int]] = []  # the rows being decoded: (prompt, sample), and for each of them
-    logits = mask = keys = cache = None  # [B, V], [B, S], [B, max_new_tokens], S columns
+    logits = length = step = tape = cache = None  # [B, V], tokens cached [B], tokens drawn [B], [B, max_new_tokens]
     with decoding(model, stats) as device:
+        ends = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
         while waiting or batch:
             if waiting and len(batch) <= batch_size * REFILL:  # there is room for rows that wait
                 new, waiting = waiting[: batch_size - len(batch)], waiting[batch_size - len(batch) :]
-                new_keys = noise_keys(seed, [ids[i] for i, _ in new], [s for _, s in new], max_new_tokens).to(device)
-                new_logits, new_mask, new_cache = prefill(model, [prompts[i] for i, _ in new], device)
+                keys = noise_keys(seed, [ids[i] for i, _ in new], [s for _, s in new], max_new_tokens).to(device)
+                new_logits, new_length, new_cache = prefill(model, [prompts[i] for i, _ in new], device)
+                state = (new_logits, new_length, torch.zeros_like(new_length), keys)
                 if batch:
-                    mask = join(cache, mask, new_cache, new_mask)
-                    logits, keys = torch.cat([logits, new_logits]), torch.cat([keys, new_keys])
+                    join(cache, new_cache)
+                    state = (torch.cat(pair) for pair in zip((logits, length, step, tape), state))
                 else:
-                    logits, mask, keys, cache = new_logits, new_mask, new_keys, new_cache
+                    cache = new_cache
+                logits, length, step, tape = state
                 batch = batch + new
-            step = torch.tensor([[len(out[i][s])] for i, s in batch], device=device)  # [B, 1]
-            z = draw(logits, keys.gather(1, step)[:, 0], temperature, top_p, top_k)  # [B], z^j ~ p(.|x, z^{<j})
-            for (i, s), token in zip(batch, z.tolist()):
-                out[i][s].append(token)
-            live = [b for b, (i, s) in enumerate(batch) if len(out[i][s]) < max_new_tokens and out[i][s][-1] not in eos]
-            if 0 < len(live) < len(batch):  # finished rows leave
-                keep = torch.tensor(live, device=device)
-                z, keys, mask = z[keep], keys[keep], keep_rows(cache, mask, keep)
-            batch = [batch[b] for b in live]
+            at = step[:, None]
+            z = draw(logits, tape.gather(1, at)[:, 0], temperature, top_p, top_k)  # [B], z^j ~ p(.|x, z^{<j})
+            tape.scatter_(1, at, z[:, None])  # a key is used once: its token takes its place
+            step = step + 1
+            done = ((step == max_new_tokens) | torch.isin(z, ends)).tolist()
+            if any(done):  # finished rows leave
+                for (i, s), row, drawn, gone in zip(batch, tape, step, done):
+                    if gone:
+                        out[i][s] = row[:drawn].tolist()
+                order = keep_rows(cache, [b for b, gone in enumerate(done) if not gone], length)
+                z, length, step, tape = (t[order] for t in (z, length, step, tape))
+                batch = [batch[b] for b in order]
             if batch:
-                mask = torch.cat([mask, mask.new_ones(len(batch), 1)], 1)
-                logits = forward(model, z[:, None], mask, cache)
+                logits = feed(model, z, length, cache)  # [B, V]
+                length = length + 1
     return out
 
 
@@ -303,7 +356,8 @@ def mix(
 
     An EOS drawn in the middle is a token like any other: Eq. 4 goes on to the end of y, and so does this.
     temperature=0 takes z^j = argmax. β = 0 returns y and costs no forward; β = 1 is plain sampling over y's length, and
-    draws what `generate` draws as its first sample. `ids`, `batch_size`, `stats` as in `generate`.
+    draws what `generate` draws as its first sample. `ids`, `batch_size`, `stats` as in `generate` ("forwards" are the
+    passes of "parallel", over all batches).
     method: "token" (the definition), "parallel", "segment" (see the top of this file), or "auto".
     """
     if len(prompts) != len(responses):
@@ -338,21 +392,18 @@ def coins(seed: int, example: int, length: int, beta: float) -> list[int]:
 
 def mix_token(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, keys: Tensor, temperature: float) -> None:
     """Eq. 4 as it is written: one position after the other, with the KV cache."""
-    ids, mask = pad(prompts, keys.device, left=True)  # [B, P]
-    cache = DynamicCache()
+    logits, length, cache = prefill(model, prompts, keys.device)  # [B, V], p(.|x)
     for j in range(keys.shape[1]):
-        logits = forward(model, ids, mask, cache)  # [B, V], p(.|x, g^{<j})
-        at = [row for row in range(len(mask)) if j in drawn[row]]
+        at = [row for row in range(len(logits)) if j in drawn[row]]
         z = draw(logits[at], keys[at, j], temperature).tolist()
         for row, token in zip(at, z):
             g[row][j] = token  # g^j = z^j; elsewhere it stays y^j
-        live = sum(positions[-1] > j for positions in drawn)  # past its last drawn position a row is done
+        live = [row for row in range(len(logits)) if drawn[row][-1] > j]  # past its last drawn position a row is done
         if not live:
             return
-        if live < len(mask):
-            mask = keep_rows(cache, mask, torch.arange(live, device=keys.device))
-        ids = torch.tensor([row[j : j + 1] for row in g[:live]], device=keys.device)  # [B, 1]
-        mask = torch.cat([mask, mask.new_ones(live, 1)], 1)  # [B, P + j + 1]
+        length = length[keep_rows(cache, live, length)]  # the first so many: nothing is moved
+        logits = feed(model, torch.tensor([g[row][j] for row in live], device=keys.device), length, cache)
+        length = length + 1
 
 
 def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, keys: Tensor, temperature: float) -> None:
@@ -367,15 +418,13 @@ def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, ke
     todo = [[len(x) + j for j in positions] for x, positions in zip(prompts, drawn)]  # the drawn positions of `seq`
     share = sum(map(len, drawn)) / sum(positions[-1] + 1 for positions in drawn)  # about β
     done = [0] * len(g)  # how many tokens of `seq` are final and cached
-    cache, mask = DynamicCache(), torch.zeros(len(g), 0, dtype=torch.int64, device=device)
+    cache, mask = Cache(layer_class_to_replicate=Columns), torch.zeros(len(g), 0, dtype=torch.int64, device=device)
     while rows:
         window = 1 + int(REDRAW.get(device.type, REDRAW["cuda"]) / (share * len(rows)))
         end = [min(max(done[row], len(prompts[row])) + window, todo[row][-1]) for row in rows]  # feed seq[done : end]
         ids, fed = pad([seq[row][done[row] : e] for row, e in zip(rows, end)], device, left=False)  # [B, Q]
         mask = torch.cat([mask, fed], 1)  # [B, S]
-        spots = [
-            (b, p) for b, row in enumerate(rows) for p in todo[row] if done[row] < p <= end[b]
-        ]  # N drawn positions
+        spots = [(b, p) for b, row in enumerate(rows) for p in todo[row] if done[row] < p <= end[b]]  # N positions
         index = [(b, p - 1 - done[rows[b]], rows[b], p - len(prompts[rows[b]])) for b, p in spots]  # p - 1 predicts p
         at_row, at_column, key_row, j = torch.tensor(index, dtype=torch.int64, device=device).view(-1, 4).T  # [N] each
         at = torch.zeros_like(ids, dtype=torch.bool)  # [B, Q]
@@ -389,14 +438,14 @@ def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, ke
                 end[b] = min(end[b], p)  # the row's first change
         good = torch.tensor(
             [e - done[row] for row, e in zip(rows, end)], device=device
-        )  # [B], columns whose input is final
+        )  # [B], columns fed that are final
         mask[:, -ids.shape[1] :] = torch.arange(ids.shape[1], device=device) < good[:, None]
         for row, e in zip(rows, end):
             done[row] = e
         live = [b for b, row in enumerate(rows) if done[row] < todo[row][-1]]
         rows = [rows[b] for b in live]
         if rows:
-            mask = keep_rows(cache, close_gaps(cache, mask), torch.tensor(live, device=device))
+            mask = close_gaps(cache, mask, live)
     for row, (x, tokens) in enumerate(zip(prompts, seq)):
         g[row][:] = tokens[len(x) :]
 
@@ -404,9 +453,8 @@ def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, ke
 def mix_segment(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, keys: Tensor, temperature: float) -> None:
     """Eq. 4 with a forward per drawn position: of the token drawn last and the gold run up to the next one."""
     rows, device = list(range(len(g))), keys.device
-    ids, mask = pad([x + row[: at[0]] for x, row, at in zip(prompts, g, drawn)], device, left=True)
-    cache = DynamicCache()
-    logits = forward(model, ids, mask, cache)  # [B, V]
+    logits, length, cache = prefill(model, [x + row[: at[0]] for x, row, at in zip(prompts, g, drawn)], device)
+    mask = right_aligned(length, cache.get_seq_length())  # [B, S]
     for k in range(max(map(len, drawn))):  # the k-th drawn position of every row at once
         z = draw(logits, keys[rows, [drawn[row][k] for row in rows]], temperature)  # [B]
         for row, token in zip(rows, z.tolist()):
@@ -414,25 +462,28 @@ def mix_segment(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, key
         live = [b for b, row in enumerate(rows) if len(drawn[row]) > k + 1]
         if not live:
             break
-        if len(live) < len(rows):
-            mask = keep_rows(cache, mask, torch.tensor(live, device=device))
+        if len(live) < len(rows) or k:  # rows leave, and the gaps of the forward before are closed
+            mask = close_gaps(cache, mask, live)
             rows = [rows[b] for b in live]
         ids, fed = pad([g[row][drawn[row][k] : drawn[row][k + 1]] for row in rows], device, left=False)  # [B, Q]
         mask = torch.cat([mask, fed], 1)  # [B, S]
         at = fed.cumsum(-1).eq(fed.sum(-1, keepdim=True)) & fed.bool()  # [B, Q], the last token of each row
         logits = forward(model, ids, mask, cache, at)  # [B, V]
-        mask = close_gaps(cache, mask)
 
 
 METHODS = {"token": mix_token, "parallel": mix_parallel, "segment": mix_segment}
-# How many positions a pass of mix_parallel redraws, over all rows. cpu: measured; cuda: not yet.
-REDRAW = {"cpu": 64, "cuda": 1024}
+# How many positions a pass of mix_parallel redraws, over all rows: with more there are fewer passes, of more tokens.
+# cpu: measured on one core with the model of benchmarks/mixing.py, for 16 … 192. 32 was the best or within 6 % of it in
+# batches of 16 (β = 0.05, 0.2, 0.5; 128 tokens); in batches of 1 it matters only at β = 0.5 (16: 0.9 s, 32: 1.0 s, 64:
+# 1.3 s). A window of so many tokens behind the last one redrawn, in place of the last final one, was slower throughout.
+# cuda, where a pass costs nearly the same for hundreds of tokens: not yet measured.
+REDRAW = {"cpu": 32, "cuda": 1024}
 
 
 def choose(beta: float) -> str:
-    """The method of "auto". On one CPU core (4 layers, d = 256, trained on GSM8K, 128 tokens, batches of 1 and 16)
-    "parallel" took 0.1-0.5 of the time of "token" at β <= 0.2, 0.4-0.7 at 0.5, and 1.0-1.2 at 0.75, where nearly every
-    position waits for the one before it; "segment" was in between, or behind both."""
+    """The method of "auto". In that setting "parallel" took 0.13 of the time of "token" at β = 0.05, 0.23 at 0.2, 0.6
+    at 0.5 in batches of 1, and 0.5, 0.7 and 1.0 in batches of 16; "segment" was behind it, or within its noise. At
+    β = 0.75 (1.0-1.2, with an earlier decoder) nearly every position waits for the one before it."""
     return "parallel" if beta <= 0.6 else "token"
 
 
@@ -485,7 +536,7 @@ def main() -> None:
     p.add_argument("--out", required=True, help="a .jsonl file: id, prompt, reference, responses (one object a line)")
     p.add_argument("--n", type=ddp.number(1, kind=int), default=1, help="samples for each prompt")
     p.add_argument("--temperature", type=ddp.number(0), default=1.0, help="0 is greedy")
-    p.add_argument("--top-p", type=ddp.number(0, 1), default=1.0)
+    p.add_argument("--top-p", type=ddp.number(1e-6, 1), default=1.0)
     p.add_argument("--top-k", type=ddp.count, default=0)
     p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -496,19 +547,28 @@ def main() -> None:
     if out.exists():
         raise ValueError(f"--out {out} exists already; choose another file or delete it")
     begun = [*out.parent.glob(out.name + ".*")]
-    if begun and not (flags.exists() and json.loads(flags.read_text()) == vars(args)):
+    try:
+        same = flags.exists() and json.loads(flags.read_text()) == vars(args)
+    except ValueError:  # half a file
+        same = False
+    if begun and not same:
         raise ValueError(f"{out}.* are left from a call with other flags; choose another --out or delete them")
     ddp.barrier()
     if ddp.RANK == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--out {out} cannot be written ({error.strerror})") from None
         ddp.write_json(flags, vars(args))
     tokenizer = ddp.load_tokenizer(args.model)
     examples, notes = data.load(args, tokenizer, args.split, need_response=False)
     for note in notes:
         ddp.print0(note)
-    model = ddp.load_model(args.model, args.dtype)
+    model = ddp.load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step)
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "n", "seed", "batch_size")}
     options["max_new_tokens"] = args.max_response or data.TASKS[args.task].max_response
+    tokens = max(map(len, examples["x"])) + options["max_new_tokens"]
+    ddp.check_fits(model, tokens, max(map(max, examples["x"])), "prompt and response")
 
     def make(rows: list[dict]) -> list[dict]:
         ids, x = [row["id"] for row in rows], [row["x"] for row in rows]

@@ -6,8 +6,8 @@ This is what BASH approximates offline (Table 7) and the costly side of Tables 8
 
 Departures from the paper
 - g is drawn for the whole optimiser step at once, before any gradient: the weights are the same for all its
-  micro-batches, and sharded ones are gathered once. It takes a few teacher-forced passes (generate.py). None of them can
-  serve as the loss's forward: each reads only what the passes before it have not settled, and keeps no gradient.
+  micro-batches, and sharded ones are gathered once. It takes a few teacher-forced passes (generate.py). None of them
+  can serve as the loss's forward: each reads only what the passes before have not settled, and keeps no gradient.
 - No gradient flows through g (section 3.1). An EOS that is drawn in the middle of g does not end it: Eq. 4 goes on.
 - Eq. 3 stands alone in the paper, so --sft-weight is 0 here; 1 gives the joint loss that BASH and RAC use.
 """

@@ -5,8 +5,9 @@ import random
 
 import pytest
 import torch
+from transformers.cache_utils import Cache
 
-from generate import draw, generate, gumbel, noise_keys
+from generate import Columns, draw, generate, gumbel, join, keep_rows, noise_keys
 from tiny import ARCHS, model
 
 torch.set_num_threads(1)
@@ -130,6 +131,60 @@ def test_waiting_prompts_take_the_place_of_finished_ones():
         generate(lm, sorted(prompts, key=len)[b : b + 4], **args, stats=stats)
     assert generate(lm, prompts, batch_size=4, **args, stats=refilled) == whole
     assert refilled["forwards"] < stats["forwards"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the cache
+
+
+@pytest.mark.parametrize("arch", ["gpt_neox", "mistral", "llama"])
+@pytest.mark.parametrize("free", [0, 1, 5])
+def test_where_the_buffers_grow_changes_nothing(arch, free, monkeypatch):
+    lm, prompts = model(arch), ragged(12, 20)
+    args = {"max_new_tokens": 30, "eos_token_id": [3, 5, 8], "n": 2}
+    whole = generate(lm, prompts, **args)
+    monkeypatch.setattr("generate.FREE", free)  # grown at every token, at every second one, …
+    assert generate(lm, prompts, **args) == whole
+    assert generate(lm, prompts, batch_size=5, **args) == whole
+
+
+def test_more_tokens_than_a_buffer_has_free_columns():
+    lm, prompt = model("mistral"), [4, 5, 6]
+    tokens = list(prompt)
+    for _ in range(150):
+        tokens.append(int(next_logits(lm, tokens).argmax()))
+    assert generate(lm, [prompt], max_new_tokens=150, eos_token_id=None, temperature=0) == [[tokens[3:]]]
+
+
+def test_rows_leave_and_join_in_place():
+    def states(rows, columns):  # keys and values of two layers
+        return [tuple(torch.randn(rows, 2, columns, 4) for _ in range(2)) for _ in range(2)]
+
+    def update(cache, new):
+        return [cache.update(*kv, layer_idx=i) for i, kv in enumerate(new)]
+
+    def same(cache, expected):
+        return all(torch.equal(a, b) for layer, kv in zip(cache.layers, expected) for a, b in zip(layer.used(), kv))
+
+    torch.manual_seed(0)
+    cache, other = (Cache(layer_class_to_replicate=Columns) for _ in range(2))
+    first, more, late, last = states(6, 7), states(6, 1), states(2, 3), states(6, 80)
+    update(cache, first)
+    where = [layer.keys.data_ptr() for layer in cache.layers]
+    expected = [tuple(torch.cat(pair, 2) for pair in zip(*kvs)) for kvs in zip(first, more)]
+    assert all(torch.equal(a, b) for kv, ref in zip(update(cache, more), expected) for a, b in zip(kv, ref))
+    order = keep_rows(cache, [0, 2, 4, 5], torch.tensor([4, 9, 5, 9, 3, 2]))  # 4 and 5 need places among the first four
+    assert sorted(order) == [0, 2, 4, 5] and order[0] == 0 and order[2] == 2  # 0 and 2 stay where they are
+    expected = [tuple(t[order][:, :, -5:] for t in kv) for kv in expected]
+    assert same(cache, expected) and cache.get_seq_length() == 5
+    update(other, late)
+    join(cache, other)
+    padded = [tuple(torch.cat([t.new_zeros(2, 2, 2, 4), t], 2) for t in kv) for kv in late]
+    expected = [tuple(torch.cat(pair) for pair in zip(*kvs)) for kvs in zip(expected, padded)]
+    assert same(cache, expected)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == where  # nothing was allocated since the first update
+    update(cache, last)  # more than there is room for
+    assert same(cache, [tuple(torch.cat(pair, 2) for pair in zip(*kvs)) for kvs in zip(expected, last)])
+    assert keep_rows(cache, [], torch.ones(6)) == [] and cache.layers[0].used()[0].numel() == 0
 
 
 def test_the_model_is_left_as_it_was():

@@ -124,6 +124,84 @@ def test_what_the_methods_cost():
     assert cost["parallel"]["columns"] < forwards["parallel"] * whole
 
 
+def watch(lm) -> tuple[list[dict], torch.utils.hooks.RemovableHandle]:
+    """The ids, mask and positions of every forward from now on, and the hook that takes them down."""
+    seen: list[dict] = []
+
+    def note(module, args, kwargs):
+        seen.append({key: kwargs[key].clone() for key in ("input_ids", "attention_mask", "position_ids")})
+
+    return seen, lm.register_forward_pre_hook(note, with_kwargs=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_prompt_is_fed_once_and_passes_go_on_from_what_is_settled(method):
+    lm, (prompts, ys) = model("gpt_neox"), pairs(60)
+    seen, hook = watch(lm)
+    (g,) = mix(lm, prompts[2:3], ys[2:3], beta=0.3, ids=[7], method=method)
+    hook.remove()
+    prompt, last = prompts[2], coins(0, 7, 60, 0.3)[-1]
+    first = [int(inputs["position_ids"][0, 0]) for inputs in seen]  # where each forward begins
+    assert first[0] == 0 and all(position >= len(prompt) for position in first[1:])
+    assert first == sorted(set(first)) and len(first) > 2
+    whole = prompt + g
+    for at, inputs in zip(first, seen):
+        assert inputs["input_ids"][0, 0] == whole[at]  # it begins with a token that is final …
+        assert inputs["attention_mask"].sum() == at + inputs["input_ids"].shape[1]  # … behind all that are
+    for inputs, after in zip(seen, [*first[1:], len(prompt) + last]):  # and is right about all before the next begins
+        at = int(inputs["position_ids"][0, 0])
+        assert inputs["input_ids"][0, : after - at].tolist() == whole[at:after]
+    changed = [
+        next((i for i, token in enumerate(inputs["input_ids"][0].tolist()) if token != whole[at + i]), None)
+        for at, inputs in zip(first, seen)
+    ]
+    if method != "parallel":
+        assert set(changed) == {None}  # they feed nothing in vain
+    else:  # a pass begins at the first token that the pass before had not right, or behind its window
+        for at, inputs, wrong, after in zip(first, seen, changed, first[1:]):
+            assert after == at + (inputs["input_ids"].shape[1] if wrong is None else wrong)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_that_are_done_leave_and_rows_without_a_coin_never_come(method):
+    lm, (prompts, ys) = model("qwen2"), pairs()
+    drawn = [coins(0, i, len(y), 0.3) for i, y in enumerate(ys)]
+    seen, hook = watch(lm)
+    mix(lm, prompts, ys, beta=0.3, method=method)
+    hook.remove()
+    rows = [len(inputs["input_ids"]) for inputs in seen]
+    assert rows[0] == sum(map(bool, drawn)) < len(ys)
+    assert rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
+    if method == "token":
+        assert rows[1:] == [sum(bool(row) and row[-1] > j for row in drawn) for j in range(len(rows) - 1)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_noise_is_drawn_at_the_drawn_positions_only(method, monkeypatch):
+    lm, (prompts, ys), used = model("llama"), pairs(), []
+    monkeypatch.setattr(
+        "generate.draw", lambda logits, keys, *rest: used.extend(keys.tolist()) or draw(logits, keys, *rest)
+    )
+    mix(lm, prompts, ys, beta=0.3, seed=4, method=method)
+    keys = {int(noise_keys(4, [i], [0], len(y))[0, j]) for i, y in enumerate(ys) for j in coins(4, i, len(y), 0.3)}
+    assert set(used) == keys
+    assert method == "parallel" or len(used) == len(keys)  # once each; a pass of "parallel" draws them again
+
+
+@pytest.mark.parametrize("beta", [0.2, 0.5])
+def test_an_eos_in_the_middle_and_rows_of_very_different_length(beta):
+    lm = model("mistral", vocab=8)  # so few tokens that EOS (1) is drawn again and again
+    rng = random.Random(3)
+    ys = [[rng.randrange(8) for _ in range(length)] for length in (200, 1, 3, 90, 2, 40)]
+    prompts = [[rng.randrange(8) for _ in range(length)] for length in (1, 50, 7, 2, 30, 1)]
+    reference = [
+        plain(lm, x, y, beta=beta, temperature=1.0, seed=0, example=i) for i, (x, y) in enumerate(zip(prompts, ys))
+    ]
+    assert any(1 in g[:-1] and g[j] == 1 for i, g in enumerate(reference) for j in coins(0, i, len(g), beta))
+    for method in METHODS:
+        assert mix(lm, prompts, ys, beta=beta, method=method) == reference
+
+
 @pytest.mark.parametrize("arch", ["mistral", "gpt2"])
 @pytest.mark.parametrize("redraw", [0, 1, 8, 10**6])
 def test_the_window_of_a_parallel_pass_changes_nothing(arch, redraw, monkeypatch):
