@@ -186,35 +186,10 @@ def load_rows(
     Raises ValueError (or OSError) with one line that names the file, row or column.
     """
     spec = TASKS[task]
-    if path == "":
-        raise ValueError("--data is empty: give a file or a hub set, or leave the flag out")
-    if path and os.path.splitext(path)[1] in (".jsonl", ".json", ".parquet"):
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"--data {path}: no such file")
-        rows, source = read(path), path
-    else:
-        if not path and not spec.hub:
-            raise ValueError(f"--task {task} needs --data; `python toy.py data --out DIR` writes it")
-        if path and os.path.exists(path):
-            raise ValueError(f"--data {path}: must be a .jsonl, .json or .parquet file, or the name of a hub set")
-        name, *configs = (path,) if path else spec.hub
-        split, source = spec.splits[split == "test"], name
-        try:
-            parts = [datasets.load_dataset(name, config, split=split) for config in configs or [None]]
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            what = f"--data {path}: no such file, and as a hub set it" if path else f"hub set {name} ({split})"
-            raise ValueError(f"{what} could not be loaded: {reason}{'' if path else '; --data takes a file'}") from None
-        rows = datasets.concatenate_datasets(parts)
-
-    wanted = {"prompt": spec.prompt, "response": spec.response}
-    for pair in filter(None, columns.split(",")):
-        key, _, value = pair.partition("=")
-        if key not in wanted or not value:
-            raise ValueError(f"--columns {columns}: give it as prompt=NAME,response=NAME")
-        wanted[key] = value
-    if not len(rows):
-        raise ValueError(f"{source}: no rows")
+    if path is None and not spec.hub:
+        raise ValueError(f"--task {task} needs --data; `python toy.py data --out DIR` writes it")
+    rows, source = source_rows(path, spec.hub, spec.splits[split == "test"])
+    wanted = named(columns, prompt=spec.prompt, response=spec.response)
     used = {name for names in wanted.values() for name in names.split("+")}  # no template may read the response twice
     found = []
     for i in range(min(len(rows), limit or len(rows))):
@@ -222,6 +197,41 @@ def load_rows(
         others = {name: value for name, value in row.items() if name not in used}
         found.append({**others, **one_row(row, wanted, where, need_response), "id": i})
     return found
+
+
+def source_rows(path: str | None, hub: tuple[str, ...], split: str) -> tuple[list[dict] | datasets.Dataset, str]:
+    """The rows of a local file, of another hub set, or (path None) of the hub set `hub`; and the source's name."""
+    if path == "":
+        raise ValueError("--data is empty: give a file or a hub set, or leave the flag out")
+    if path and os.path.splitext(path)[1] in (".jsonl", ".json", ".parquet"):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"--data {path}: no such file")
+        rows, source = read(path), path
+    else:
+        if path and os.path.exists(path):
+            raise ValueError(f"--data {path}: must be a .jsonl, .json or .parquet file, or the name of a hub set")
+        name, *configs = (path,) if path else hub
+        source = name
+        try:
+            parts = [datasets.load_dataset(name, config, split=split) for config in configs or [None]]
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            what = f"--data {path}: no such file, and as a hub set it" if path else f"hub set {name} ({split})"
+            raise ValueError(f"{what} could not be loaded: {reason}{'' if path else '; --data takes a file'}") from None
+        rows = datasets.concatenate_datasets(parts)
+    if not len(rows):
+        raise ValueError(f"{source}: no rows")
+    return rows, source
+
+
+def named(columns: str, **wanted: str) -> dict[str, str]:
+    """The column of each key, as --columns says, or by default."""
+    for pair in filter(None, columns.split(",")):
+        key, _, value = pair.partition("=")
+        if key not in wanted or not value:
+            raise ValueError(f"--columns {columns}: give it as {','.join(f'{name}=NAME' for name in wanted)}")
+        wanted[key] = value
+    return wanted
 
 
 def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool = True) -> dict[str, str]:
@@ -336,6 +346,78 @@ def load(
     return examples(args.task, tokenizer, split=split, need_response=need_response, **chosen)
 
 
+# ---------------------------------------------------------------------------------------------- preferences
+PREFERENCES = ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")
+
+
+def preference(row: dict, wanted: dict[str, str], where: str) -> dict[str, str]:
+    """`prompt`, `chosen` and `rejected` of a row, as text; a blank side is "".
+
+    Each may be text or a list of messages. Of a side's list the last turn is the answer, and what stands before it is
+    the prompt: one user turn. Example: {"prompt": "Why?", "chosen": [{"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": "So."}], "rejected": "No."} gives Why?, So. and No.
+    """
+    found: dict[str, str] = {}
+    for side in ("chosen", "rejected"):
+        columns = {"prompt": row.get(wanted["prompt"]), side: row.get(wanted[side])}
+        if isinstance(columns[side], list) and len(columns[side]) > 1:
+            columns["prompt"] = []  # the side brings its own
+        turns: list[dict] = []
+        for (key, value), role in zip(columns.items(), ("user", "assistant")):
+            if value is None:
+                there = ", ".join(name for name in row if row[name] is not None) or "none"
+                raise ValueError(f"{where}: no {key} (column {wanted[key]!r}); there are {there} (--columns)")
+            turns += value if isinstance(value, list) else [{"role": role, "content": value}]
+        if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+            raise ValueError(f"{where}: {side} or its prompt holds a turn that is no message (role, content)")
+        turns = [turn for turn in turns if turn["role"] != "system" or turn["content"]]
+        if [turn["role"] for turn in turns] != ["user", "assistant"]:
+            roles = ", ".join(str(turn["role"]) for turn in turns) or "none"
+            raise ValueError(f"{where}: {side} must answer one user turn, and no system turn; its turns are {roles}")
+        texts = {"prompt": turns[0]["content"], side: turns[1]["content"]}
+        texts = one_row(texts, {key: key for key in texts}, where, need_response=False)
+        if found.get("prompt", texts["prompt"]) != texts["prompt"]:
+            raise ValueError(f"{where}: chosen and rejected answer different prompts")
+        found |= texts
+    return found
+
+
+def load_preferences(args: argparse.Namespace, tokenizer) -> tuple[datasets.Dataset, list[str]]:
+    """Tokenised pairs with the flags of dpo.py: columns id, x, y (the chosen response) and z (the rejected one), both
+    cut to what --max-length leaves beside x; and notes on what was cut or left out. Raises ValueError."""
+    spec, (hub, split) = TASKS[args.task], PREFERENCES
+    rows, source = source_rows(args.data, (hub,), split if args.data in (None, hub) else "train")
+    wanted = named(args.columns, prompt="prompt", chosen="chosen", rejected="rejected")
+    most = min(args.max_prompt or spec.max_prompt, args.max_length - 1)
+    kept, cut, long, empty, equal = [], 0, [], [], []
+    for i in range(min(len(rows), args.limit or len(rows))):
+        row = rows[i] | preference(rows[i], wanted, f"{source}, row {i}")
+        y, z = (spec.before_response + row[side].strip() for side in ("chosen", "rejected"))
+        x, y = encode(tokenizer, spec.x(row, tokenizer, most), y)
+        _, z = encode(tokenizer, spec.x(row, tokenizer, most), z)
+        room = min(args.max_response or spec.max_response, args.max_length - len(x))
+        if not (row["chosen"] and row["rejected"]):
+            empty.append(i)
+        elif len(x) > most:
+            long.append(i)
+        elif y[:room] == z[:room]:  # as far as they are read
+            equal.append(i)
+        else:
+            cut += (len(y) > room) + (len(z) > room)
+            tokens = {"x": x, "y": y[:room], "z": z[:room]}
+            kept.append({"id": i} | {name: np.asarray(ids, np.int32) for name, ids in tokens.items()})
+    notes = [f"{len(kept)} pairs, templates of task {args.task}, from {source}"]
+    whys = (f"x over {most} tokens (--max-prompt)", "chosen or rejected is empty", "chosen equals rejected")
+    for why, ids in zip(whys, (long, empty, equal)):
+        if ids:
+            notes.append(f"{len(ids)} rows left out: {why}, first: row {ids[0]}")
+    if cut:
+        notes.append(f"{cut} responses cut (--max-length, --max-response), without EOS")
+    if not kept:
+        raise ValueError(f"no pair is left: {'; '.join(notes[1:])}")
+    return datasets.Dataset.from_list(kept), notes
+
+
 # ---------------------------------------------------------------------------------------------- batches
 @dataclass
 class Batch:
@@ -400,7 +482,8 @@ def losses(
     """The sums of one or more losses over a micro-batch, from one forward pass: {name: float32 scalar}.
 
     x: B prompts. terms: {name: (loss, given, *targets)}, where given and targets are B rows of token ids. The model
-    reads given after x, and loss(logits, *targets, mask) gets the logits that predict each of its tokens.
+    reads given after x, and loss(logits, *targets, mask) gets the logits that predict each of its tokens. (All losses
+    may also return a vector of sums, each of the same length.)
 
     Equal to `loss(response_logits(model, batch(x, given)), *targets, mask)`, except for rounding, and cheaper:
     - one pass for all terms; rows with nothing given are left out (but one: other ranks wait for this one's pass);

@@ -155,10 +155,10 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
 count = number(0, kind=int)
 
 
-def data_flags(p: argparse.ArgumentParser, tasks: list[str]) -> None:
+def data_flags(p: argparse.ArgumentParser, tasks: list[str], task: str | None = None) -> None:
     """The flags that say which model reads which examples: those of the stages, of evaluate.py and of generate.py."""
     p.add_argument("--model", required=True, help="Hugging Face folder or hub name")
-    p.add_argument("--task", required=True, choices=tasks, help="columns, templates, lengths and hub set")
+    p.add_argument("--task", required=not task, default=task, choices=tasks, help="columns, templates, lengths, hub")
     p.add_argument("--data", help="a local .jsonl/.json/.parquet file, or another hub set")
     p.add_argument("--columns", default="", help="prompt=NAME,response=NAME where the file's columns differ")
     p.add_argument("--limit", type=count, default=0, help="use only the first N rows (0: all)")
@@ -168,12 +168,12 @@ def data_flags(p: argparse.ArgumentParser, tasks: list[str]) -> None:
     p.add_argument("--lock-step", action="store_true", help="generate sharded: slow, where no device holds the model")
 
 
-def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
-    """The flags that every stage takes. doc: the stage's docstring."""
+def parser(doc: str, tasks: list[str], task: str | None = None) -> argparse.ArgumentParser:
+    """The flags that every stage takes. doc: the stage's docstring. task: the default of --task, if any."""
     p = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    data_flags(p, tasks)
+    data_flags(p, tasks, task)
     p.add_argument("--out", required=True, help="folder for the model, log.jsonl and args.json")
     p.add_argument("--max-steps", type=count, default=0, help="at most so many steps in each phase (0: no limit)")
     p.add_argument("--batch-size", type=number(1, kind=int), default=512, help="rows in the global batch (Table 5)")
@@ -186,6 +186,9 @@ def parser(doc: str, tasks: list[str]) -> argparse.ArgumentParser:
     p.add_argument("--compile", action="store_true", help="torch.compile each block's training pass")
     p.add_argument("--seed", type=count, default=0)
     p.add_argument("--checkpoint-every", type=count, default=500, help="steps between checkpoints (0: none)")
+    p.add_argument("--eval-every", type=count, default=0, help="steps between looks at held-out rows (0: none)")
+    p.add_argument("--eval-data", help="those rows: a file as for --data (default: the hub set's test split)")
+    p.add_argument("--eval-rows", type=number(1, kind=int), default=64, help="how many of them")
     return p
 
 
@@ -376,6 +379,7 @@ class Run:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.phase = self.total = 0  # phases begun, steps done in all of them
         self.also: dict[str, float] = {}  # what a stage wants to be in the log line of its step
+        self.watch: Callable[[], dict[str, float]] | None = None  # of --eval-every: likewise, from held-out rows
         self.resume = {"phase": 0, "step": 0}
         self.stopped = self._signal = self._stepping = False
         self._log = open(self.out / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
@@ -418,12 +422,15 @@ class Run:
                 seconds = time.time() - started
                 tokens = sum(len(row["x"]) + len(row["y"]) for row in batch)
                 record |= {"tokens": tokens, "seconds": round(seconds, 4), **self.also}
+                last = step + 1 == steps
+                look = self.watch and (last or (step + 1) % args.eval_every == 0)
+                held = self.watch() if look else {}
                 self.total += 1
-                self._write_log({"phase": self.phase, "step": step + 1, **record})
-                shown = {name: f"{record[name]:.3f}" for name in ("loss", *self._terms)}
+                self._write_log({"phase": self.phase, "step": step + 1, **record, **held})
+                shown = {name: f"{value:.3f}" for name, value in record.items() if name in ("loss", *self._terms)}
+                shown |= {name: f"{value:.3f}" for name, value in held.items()}
                 bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:.0f}"})
                 bar.update()
-                last = step + 1 == steps
                 if self.stopped or (args.checkpoint_every and (last or (step + 1) % args.checkpoint_every == 0)):
                     self._save_checkpoint({"phase": phase + last, "step": 0 if last else step + 1})
                 if self.stopped:
@@ -589,12 +596,21 @@ def start(
         args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step,
         recompute=args.activation_checkpointing, compile=args.compile,
     )  # fmt: skip
-    tokens = max(max(len(row["x"]), len(row.get("f", []))) + max(len(row["y"]), max_new_tokens) for row in examples)
-    check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
+    tokens = largest = 0
+    for row in examples:
+        f, z = row.get("f", []), row.get("z", [])  # the prompt of RAC's labels; the rejected response of DPO's pairs
+        tokens = max(tokens, max(len(row["x"]), len(f)) + max(len(row["y"]), len(z), max_new_tokens))
+        largest = max(largest, *row["x"], *row["y"], *z)
+    check_fits(model, tokens, largest, "prompt and response")
     size = min(args.batch_size, len(examples))
     accumulation = math.ceil(math.ceil(size / WORLD) / args.micro_batch_size)
     print0(f"batch {size} = {WORLD} processes x {accumulation} micro-batches of up to {args.micro_batch_size} rows")
-    return Run(args, model, tokenizer), examples
+    run = Run(args, model, tokenizer)
+    if args.eval_every:
+        import evaluate  # which imports this file
+
+        run.watch = evaluate.watch(run)
+    return run, examples
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -610,7 +626,7 @@ def write_json(path: Path, value: object) -> None:
 
 # Flags that change no result, but for rounding: the same run may go on with others.
 FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size", "shard", "lock_step", "compile",
-        "activation_checkpointing", "share_prompt")  # fmt: skip
+        "activation_checkpointing", "share_prompt", "eval_every", "eval_data", "eval_rows")  # fmt: skip
 
 
 def open_out(args: argparse.Namespace) -> bool:

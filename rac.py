@@ -13,6 +13,14 @@ would write after each z^{<j}: the label z_bar^j. Where they differ, the model l
 
 Each iteration writes D_r to OUT/D_r_1, OUT/D_r_2, ... (a `datasets` folder: id, x, y, z, z_bar); --pairs reads one.
 
+Beyond the paper, and off by default
+- --labels topk: where Eq. 7 learns z_bar, learn the distribution that z_bar is the arg max of: its --topk largest
+  probabilities, from the same pass, kept in D_r as top_ids and top_logp. With --unmasked that is on-policy
+  self-distillation with the reference answer as privileged context. --kl reverse: see `rac_soft_loss`.
+- --labels-from start: label with the weights of --model, which this run has not worn yet. z is still the current ones'
+  (OUT/D_z_2, ...).
+- --first-correction-only: of each z learn the first correction alone.
+
 Departures from the paper
 - Algorithm 2 steps along -grad J of a log-likelihood; that sign is a slip: we minimise -J.
 - Algorithm 2 divides both sums by |B|; here each is a mean over its own tokens, of y and of z, so that a long z
@@ -25,6 +33,7 @@ Departures from the paper
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +50,7 @@ from sft import sft_loss, sft_phase
 
 # Label precision below which RAC warns: Eq. 7 keeps just the labels that differ from z, whether or not they are right.
 POOR = 0.9
+SOFT = ("top_ids", "top_logp")  # the columns of --labels topk
 
 
 def rac_loss(
@@ -56,7 +66,42 @@ def rac_loss(
     return nll[learn].sum(), mask.sum().float()
 
 
+def rac_soft_loss(
+    logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, top_ids: torch.Tensor, top_logp: torch.Tensor,
+    mask: torch.Tensor, masked: bool = True, reverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Eq. 7 (or 6) with a distribution q as target: the K largest probabilities of p(. | f(x, y), z^{<j}).
+
+    Forward: -sum_j 1(z_bar^j != z^j) sum_k q_k log p_k with q renormalised over its K tokens; but for a constant,
+    KL(q || p). Reverse: KL(p || q) over K + 1 outcomes, the K tokens and all others as one (whose probability is taken
+    as 1e-6 where it is less); nothing is renormalised.
+    logits: [B, L, V], p given (x, z^{<j}). z, z_bar, mask: [B, L]. top_ids, top_logp: [B, L, K], log q as stored.
+    Returns (loss_sum, n_tokens), float32 scalars, as rac_loss.
+    """
+    logits, log_q = logits.float(), top_logp.float()
+    log_p = logits.gather(-1, top_ids) - logits.logsumexp(-1, keepdim=True)  # [B, L, K]
+    if reverse:
+        others = [torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6)) for t in (log_p, log_q)]
+        log_p, log_q = torch.cat([log_p, others[0]], -1), torch.cat([log_q, others[1]], -1)  # [B, L, K + 1]
+        each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    else:
+        each = -(log_q.softmax(-1) * log_p).sum(-1)  # [B, L]
+    learn = mask.bool() & (z_bar != z) if masked else mask.bool()
+    return each[learn].sum(), mask.sum().float()
+
+
 @torch.no_grad()
+def reference_logits(
+    model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """The logits [B, L, V] of p(. | f(x, y), z^{<j}), with the rows that they belong to; some rows at a time."""
+    order = sorted(range(len(z)), key=lambda i: len(reference_prompts[i]) + len(z[i]))  # little padding in a batch
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        b = data.batch([reference_prompts[i] for i in some], [z[i] for i in some], model.device)
+        yield some, data.response_logits(model, b)
+
+
 def rac_labels(
     model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], batch_size: int = 8
 ) -> list[list[int]]:
@@ -64,14 +109,24 @@ def rac_labels(
 
     reference_prompts: f(x, y) and z as token ids. Returns labels, each list as long as its z.
     """
-    order = sorted(range(len(z)), key=lambda i: len(reference_prompts[i]) + len(z[i]))  # little padding in a batch
     labels: list[list[int]] = [[] for _ in z]
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        b = data.batch([reference_prompts[i] for i in some], [z[i] for i in some], model.device)
-        best = data.response_logits(model, b).argmax(dim=-1).tolist()  # [B, L]
-        for i, row in zip(some, best, strict=True):
+    for some, logits in reference_logits(model, reference_prompts, z, batch_size):
+        for i, row in zip(some, logits.argmax(dim=-1).tolist(), strict=True):
             labels[i] = row[: len(z[i])]
+    return labels
+
+
+def rac_top_labels(
+    model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], k: int, batch_size: int = 8
+) -> list[dict[str, list]]:
+    """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp ([L][k])."""
+    labels: list[dict[str, list]] = [{} for _ in z]
+    for some, logits in reference_logits(model, reference_prompts, z, batch_size):
+        top, ids = logits.float().topk(k)  # [B, L, k], the largest first
+        logp = top - logits.float().logsumexp(dim=-1, keepdim=True)
+        for i, ids_i, logp_i in zip(some, ids.tolist(), logp.tolist(), strict=True):
+            n = len(z[i])
+            labels[i] = {"z_bar": [q[0] for q in ids_i[:n]], "top_ids": ids_i[:n], "top_logp": logp_i[:n]}
     return labels
 
 
@@ -81,8 +136,28 @@ def to_last_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[
     return z[:n], z_bar[:n]
 
 
+def to_first_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[int]]:
+    """The same for the first such position: the mask of Eq. 7 leaves that one alone."""
+    n = min((j + 1 for j in range(len(z)) if z[j] != z_bar[j]), default=0)
+    return z[:n], z_bar[:n]
+
+
+def soft_term(run: ddp.Run, rows: list[dict], z: data.Rows, z_bar: data.Rows) -> tuple:
+    """The term of data.losses for rac_soft_loss. Targets there are ids: each token of z brings the number of its q."""
+    args, device = run.args, run.device
+    ids, logp = ([q for row, own in zip(rows, z) for q in row[name][: len(own)]] for name in SOFT)
+    numbers = iter(range(len(ids)))
+    ids = torch.tensor(ids, dtype=torch.long, device=device).view(-1, args.topk)  # [tokens, K]
+    logp = torch.tensor(logp, dtype=torch.float32, device=device).view_as(ids)
+
+    def loss(logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, at: torch.Tensor, mask: torch.Tensor) -> tuple:
+        return rac_soft_loss(logits, z, z_bar, ids[at], logp[at], mask, not args.unmasked, args.kl == "reverse")
+
+    return loss, z, z, z_bar, [[next(numbers) for _ in own] for own in z]
+
+
 def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
-    """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13)."""
+    """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13), or labelled by that of --model."""
     options = {
         "max_new_tokens": args.max_response or data.TASKS[args.task].max_response,
         "batch_size": args.generation_batch_size,
@@ -91,16 +166,27 @@ def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteratio
         "seed": ddp.fold_in(args.seed, iteration),
     }
 
-    def make(rows: list[dict]) -> list[dict]:
+    def draw(rows: list[dict]) -> list[dict]:
         drawn = generate.generate(run.model, [r["x"] for r in rows], ids=[r["id"] for r in rows], **options)  # Eq. 2
-        z = [samples[0] for samples in drawn]
-        z_bar = rac_labels(run.model, [r["f"] for r in rows], z, args.micro_batch_size)
-        return [
-            {"id": r["id"], "x": r["x"], "y": r["y"], "z": z_i, "z_bar": z_bar_i}
-            for r, z_i, z_bar_i in zip(rows, z, z_bar, strict=True)
-        ]
+        return [row | {"z": samples[0]} for row, samples in zip(rows, drawn, strict=True)]
 
-    return run.offline(f"D_r_{iteration}", make, examples)
+    def label(model: torch.nn.Module, rows: list[dict]) -> list[dict]:
+        f, z = [r["f"] for r in rows], [r["z"] for r in rows]
+        if args.labels == "topk":
+            labels = rac_top_labels(model, f, z, args.topk, args.micro_batch_size)
+        else:
+            labels = [{"z_bar": z_bar} for z_bar in rac_labels(model, f, z, args.micro_batch_size)]
+        kept = [{name: r[name] for name in ("id", "x", "y", "z")} for r in rows]
+        return [row | found for row, found in zip(kept, labels, strict=True)]
+
+    name = f"D_r_{iteration}"
+    same = args.labels_from == "current" or iteration == 1 and not args.sft_epochs
+    if same or (run.out / name).exists():
+        return run.offline(name, lambda rows: label(run.model, draw(rows)), examples)
+    drawn = run.offline(f"D_z_{iteration}", draw, examples)
+    # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
+    start = ddp.load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step)
+    return ddp.offline(run.out / name, partial(label, start), drawn, start, run.tokenizer)
 
 
 def describe(d_r: Dataset) -> dict[str, float]:
@@ -141,15 +227,28 @@ def main() -> None:
     parser.add_argument("--max-reference", type=ddp.count, default=0, help="tokens of f(x, y) (0: x + y + 128)")
     parser.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
     parser.add_argument("--unmasked", action="store_true", help="Eq. 6 instead of Eq. 7")
+    parser.add_argument("--labels", choices=["hard", "topk"], default="hard", help="z_bar, or the distribution it tops")
+    parser.add_argument("--topk", type=ddp.number(1, kind=int), default=16, help="K of --labels topk")
+    parser.add_argument("--kl", choices=["forward", "reverse"], default="forward", help="of --labels topk")
+    parser.add_argument("--labels-from", choices=["current", "start"], default="current", help="whose labels")
+    parser.add_argument("--first-correction-only", action="store_true", help="one correction of each z")
     parser.add_argument("--pairs", help="a D_r to use in the first iteration instead of making one")
     parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
+    if args.unmasked and args.first_correction_only:
+        raise ValueError("--unmasked learns every token, --first-correction-only one: choose")
     run, examples = ddp.start(args, data.load, args.max_response or data.TASKS[args.task].max_response)
+    if args.labels == "topk" and args.topk > run.model.config.vocab_size:
+        raise ValueError(f"--topk {args.topk}: the model's vocabulary has {run.model.config.vocab_size} tokens")
     pairs = None
     if args.pairs is not None:  # read first: what is wrong with them shows before any training
         pairs = ddp.read_pairs(args.pairs, ("z", "z_bar"), run.tokenizer, run.model)
+        k = [len(q) for q in pairs[0]["top_ids"]] if set(SOFT) <= set(pairs.column_names) else []
+        if args.labels == "topk" and k != [args.topk] * len(pairs[0]["z"]):
+            raise ValueError(f"--pairs {args.pairs}: was not made with --labels topk --topk {args.topk}")
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
+    cut = to_first_correction if args.first_correction_only else to_last_correction
     weight, loss = {"rac": 1.0, "sft": args.sft_weight}, partial(rac_loss, masked=not args.unmasked)
     for iteration in range(1, args.iterations + 1):  # line 7
         d_r = pairs if pairs and iteration == 1 else make_d_r(run, examples, args, iteration)  # lines 8-13
@@ -160,8 +259,10 @@ def main() -> None:
             for rows in micro_batches:
                 x, y, z, z_bar = ([row[name] for row in rows] for name in ("x", "y", "z", "z_bar"))
                 if not args.unmasked:  # by causality, what follows the last correction changes nothing
-                    z, z_bar = zip(*map(to_last_correction, z, z_bar), strict=True)
+                    z, z_bar = zip(*map(cut, z, z_bar), strict=True)
                 terms = {"rac": (loss, z, z, z_bar)}  # line 17: z is read, z_bar is the target
+                if args.labels == "topk":
+                    terms = {"rac": soft_term(run, rows, z, z_bar)}
                 if args.sft_weight:
                     terms["sft"] = (sft_loss, y, y)  # line 16
                 sums = data.losses(run.model, x, terms, args.share_prompt)

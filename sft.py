@@ -1,17 +1,24 @@
-"""Supervised fine-tuning: Eq. 1, the first loop of Algorithms 1 and 2, and the baseline of every table.
+"""Supervised fine-tuning: Eq. 1, the first loop of Algorithms 1 and 2, and the baseline of every table; and NEFTune.
 
     torchrun --nproc-per-node 8 sft.py --model EleutherAI/pythia-1b-deduped --task tldr --out runs/sft \
         --epochs 2 --lr 3e-6 --warmup 0 --dtype bfloat16
     python sft.py --model runs/base --task toy --data runs/data/train.jsonl --out runs/sft ...     # one process
+    python sft.py ... --neftune-alpha 5                                                            # NEFTune
 
 Departures from the paper
 - Algorithms 1 and 2 step along -grad J of a log-likelihood J; that sign is a slip: we minimise -J.
 - Eq. 1 divides by the number of examples; we divide by the number of response tokens in the global batch, which is what
   the code the paper builds on does. The prompt is never a target.
+- NEFTune is its authors' (L is the example's own length, padding gets no noise), not that of libraries, which count the
+  padding. The noise is drawn per (seed, step, example): micro-batches, ranks and an interruption do not change it.
 - Weights and AdamW moments are float32 (Table 5 says bfloat16 without saying of what); --dtype sets the computation's.
 """
 
 from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +38,31 @@ def sft_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple
     return nll[mask.bool()].sum(), mask.sum().float()
 
 
-def sft_phase(run: ddp.Run, examples: Dataset, epochs: float) -> None:
+@contextlib.contextmanager
+def neftune(model: torch.nn.Module, rows: list[dict], alpha: float, seed: int) -> Iterator[None]:
+    """Inside, a training pass over rows (id, x, y) has noise on its input embeddings (Jain et al. 2023):
+    uniform(-1, 1) * alpha / sqrt(L d) on each of the L tokens of an example, d wide; none on padding."""
+    rows = [row for row in rows if row["y"]] or rows[:1]  # what data.losses passes, in its order
+    width = max(len(row["x"]) for row in rows)  # its layout: [ left-padded x | right-padded y without the last token ]
+
+    def add(module: torch.nn.Module, inputs: tuple, embeddings: torch.Tensor) -> torch.Tensor:  # [B, S, d]
+        noise = torch.zeros_like(embeddings)
+        for b, row in enumerate(rows):
+            generator = torch.Generator(embeddings.device).manual_seed(ddp.fold_in(seed, row["id"]))
+            x, y, d = len(row["x"]), len(row["y"]), embeddings.shape[-1]
+            drawn = torch.empty(max(x + y - 1, x), d, device=embeddings.device).uniform_(-1, 1, generator=generator)
+            noise[b, width - x : width - x + len(drawn)] = drawn * alpha / math.sqrt((x + y) * d)
+        return embeddings + noise
+
+    hook = model.get_input_embeddings().register_forward_hook(add) if alpha else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
+def sft_phase(run: ddp.Run, examples: Dataset, epochs: float, neftune_alpha: float = 0.0) -> None:
     """Algorithm 1 and 2, lines 2 to 6: Eq. 1 alone."""
     if not epochs:
         return
@@ -39,16 +70,18 @@ def sft_phase(run: ddp.Run, examples: Dataset, epochs: float) -> None:
         n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
         for rows in micro_batches:
             x, y = ([row[name] for row in rows] for name in ("x", "y"))
-            sums = data.losses(run.model, x, {"sft": (sft_loss, y, y)})  # Eq. 1
+            with neftune(run.model, rows, neftune_alpha, ddp.fold_in(run.args.seed, run.total)):
+                sums = data.losses(run.model, x, {"sft": (sft_loss, y, y)})  # Eq. 1
             run.backward(sft=sums["sft"] / n)
 
 
 def main() -> None:
     parser = ddp.parser(__doc__, sorted(data.TASKS))
     parser.add_argument("--epochs", type=ddp.number(0), default=2)
+    parser.add_argument("--neftune-alpha", type=ddp.number(0), default=0.0, help="scale of its noise (the paper: 5)")
     args = parser.parse_args()
     run, examples = ddp.start(args, data.load)
-    sft_phase(run, examples, args.epochs)
+    sft_phase(run, examples, args.epochs, args.neftune_alpha)
     run.finish()
 
 

@@ -1,30 +1,45 @@
-"""Run by test_training.py, alone or under torchrun: every stage on every architecture, in one process a rank.
+"""Run by test_training.py and test_preferences.py, alone or under torchrun: stages on architectures, in one process a
+rank.
 
-python all_stages.py WORLD NAME ARCHITECTURES [flags]
+python all_stages.py WORLD NAME ARCHITECTURES [--runs A,B,...] [flags]      (by default the paper's four stages)
 """
 
 import sys
 
 import bash
 import ddp_utils as ddp
+import dpo
 import rac
 import scs
 import sft
+import spin
+
+RAC = "--temperature 0.7 --task ultrachat --columns response=response --max-reference 120"
+RUNS = {
+    "sft": (sft, ""),
+    "scs": (scs, ""),
+    "bash": (bash, ""),
+    "rac": (rac, RAC),
+    "neftune": (sft, "--neftune-alpha 5"),
+    "spin": (spin, "--iterations 2 --beta 0.5"),
+    "dpo": (dpo, "--data {world}/pairs.jsonl --beta 0.5"),
+    "rac-soft": (rac, RAC + " --labels topk --topk 5 --kl reverse --labels-from start --iterations 2"),
+}
 
 
 def main() -> None:
     world, name, archs, *extra = sys.argv[1:]
+    runs = ["sft", "scs", "bash", "rac"]
+    if extra[:1] == ["--runs"]:
+        runs, extra = extra[1].split(","), extra[2:]
     for arch in archs.split(","):
-        for stage in (sft, scs, bash, rac):
-            out = f"{world}/{name}-{arch}-{stage.__name__}"
-            flags = f"--model {world}/{arch} --task toy --data {world}/train.jsonl --out {out} --epochs 2"
-            flags += " --batch-size 6 --clip 0.5 --max-prompt 40 --max-response 24 --checkpoint-every 0"
+        for run in runs:
+            stage, own = RUNS[run]
+            flags = f"--model {world}/{arch} --task toy --data {world}/train.jsonl --out {world}/{name}-{arch}-{run}"
+            flags += " --epochs 2 --batch-size 6 --clip 0.5 --max-prompt 40 --max-response 24 --checkpoint-every 0"
             flags += " --lr 1e-4"  # AdamW steps by about lr where a gradient is rounding noise (attention's key bias)
             chosen = [flag for flag in extra if stage is not sft or flag != "--share-prompt"]
-            sys.argv = [f"{stage.__name__}.py", *flags.split(), *chosen]
-            if stage is rac:
-                sys.argv += ["--temperature", "0.7", "--task", "ultrachat", "--columns", "response=response"]
-                sys.argv += ["--max-reference", "120"]
+            sys.argv = [f"{stage.__name__}.py", *flags.split(), *chosen, *own.format(world=world).split()]
             stage.main()
 
 
