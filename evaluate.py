@@ -1,8 +1,9 @@
-"""Every number of the tables: accuracy, exposure (the training-inference gap), recovery; and the table over seeds.
+"""Every number of the tables: accuracy, ROUGE, exposure (the training-inference gap), recovery; and the table itself.
 
     torchrun --nproc-per-node 8 evaluate.py run --model runs/bash --task gsm8k --out runs/eval/bash --name bash
     python evaluate.py run --model runs/bash-1 --task toy --data runs/data/test.jsonl --out runs/eval/bash-1 \
         --name bash --seed 1
+    torchrun --nproc-per-node 8 evaluate.py alpaca --model runs/bash --data alpaca_eval.json --name bash --out bash.json
     python evaluate.py table runs/eval/*/results.json --baseline sft-more --out results/toy
 
 `run` writes OUT/results.json and, to look at, `datasets` folders with what the model wrote: OUT/generations-t0 (-t0.1,
@@ -10,6 +11,10 @@
 
     accuracy_t0, accuracy_t0.1   share of right answers (Table 3), at temperature 0 and as the mean of --generations
                                  independent generations at others. toy, gsm8k: strict match; math: the last \\boxed{}
+    flexible_t0, ...             gsm8k: the last number in the text counts, as lm-evaluation-harness's flexible-extract
+    pass@K_tT, maj@K_tT          for --k K: is one of K right (unbiased); is the most frequent answer of the first K
+    rouge1_tT, rouge2_, rougeL_  tldr: F1 by Google's rouge-score, no stemming (Tables 1 and 7)
+    win_rate_tT                  tldr: by judge.py, share of the parsed verdicts that prefer the model to the reference
     nll_y, nll_g, exposure_gap   nats per token of y given (x, y^{<j}); given (x, g^{<j}), g the model's mixed prefix of
                                  Eq. 4; the second less the first
     recovery_restated, _final    toy: a wrong result is forced on the model; does it restate the right one, and is its
@@ -22,6 +27,8 @@ Decisions
 - A missing or malformed answer is wrong. The right one is read from the reference's text, even where y is cut.
 - The ± over generations (in results.json) is the population's, ddof 0, as in the paper's tables: 7.90, 8.45, 7.74 give
   its 8.03 ± 0.30. The one over seeds is sd(ddof=1) / sqrt(n).
+- The details in results.json always hold pass@k and maj@k for k = 1, 2, 4, ..., and best-of-N, the answer checker being
+  the verifier, which is pass@N. Equal votes: the answer that came first wins. No answer, no vote.
 - Exposure and recovery draw the same mask, noise and errors for every model and --seed; generations depend on --seed.
 """
 
@@ -29,11 +36,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +55,25 @@ import generate
 import toy
 
 
+def optional(module: str, package: str) -> ModuleType:
+    """A module of an optional package. Raises ValueError, with the pip command, where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"this needs {package} ({ddp.first_line(error)}): pip install {package}") from None
+
+
 # ---------------------------------------------------------------------------------------------- answers
 def gsm8k_answer(text: str) -> str | None:
     """The number behind the first `#### `, without commas; None where there is none. Compared as a string."""
     found = re.search(r"#### (\-?[0-9\.\,]+)", text)
     return found.group(1).replace(",", "") if found else None
+
+
+def gsm8k_flexible(text: str) -> str | None:
+    """The last number in a text, less $, commas and a last point: lm-evaluation-harness's flexible-extract."""
+    found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
+    return found[-1].replace("$", "").replace(",", "").removesuffix(".") if found else None
 
 
 def math_answer(text: str) -> str | None:
@@ -92,6 +116,15 @@ def math_equal(a: str | None, b: str | None) -> bool:
     return bool(a and b and math_normal(a)) and math_normal(a) == math_normal(b)
 
 
+def math_verified(a: str | None, b: str | None) -> bool:
+    """The same by Hugging Face's math-verify, which parses both (a = b in value); `--math-verify`."""
+    package = optional("math_verify", "math-verify")
+    if a is None or b is None:
+        return False
+    a, b = (package.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (a, b))
+    return bool(package.verify(b, a, timeout_seconds=None))
+
+
 def same(a: str | None, b: str | None) -> bool:
     return a is not None and a == b
 
@@ -109,6 +142,30 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not (1 <= k <= n and 0 <= c <= n):
         raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, not n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(answers: list[str | None], equal: Callable[[str, str], bool] = same) -> str | None:
+    """The most frequent answer, by `equal`; of several the one that came first. None has no vote."""
+    votes: list[list] = []  # [answer, how many], in order of first occurrence
+    for answer in answers:
+        if answer is not None:
+            group = next((group for group in votes if equal(group[0], answer)), None)
+            if group:
+                group[1] += 1
+            else:
+                votes.append([answer, 1])
+    return max(votes, key=lambda group: group[1])[0] if votes else None
+
+
+def of_several(answers: list[list[str | None]], right: list[list[bool]], equal: Callable, k: int) -> dict[str, float]:
+    """pass@k (from all samples, unbiased) and maj@k (of the first k), in the mean over problems."""
+    most = [majority(row[:k], equal) for row in answers]
+    return {
+        "pass": statistics.fmean(pass_at_k(len(goods), sum(goods), k) for goods in right),
+        "maj": statistics.fmean(
+            best is not None and goods[row.index(best)] for best, row, goods in zip(most, answers, right, strict=True)
+        ),
+    }
 
 
 def mean_se(values: list[float]) -> tuple[float, float | None]:
@@ -169,14 +226,39 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
         "tokens": statistics.fmean(map(len, every)),
         "without_eos": statistics.fmean(z[-1:] != [tokenizer.eos_token_id] for z in every),
     }
+    if args.task == "tldr":
+        details["empty"] = statistics.fmean(not text.strip() for texts in rows["text"] for text in texts)
+        found = rouge(rows["text"], [references[i] for i in rows["id"]])
+        return {f"{key}_t{t:g}": value for key, value in found.items()}, details
     if args.task not in CHECKS:
         return {}, details
     find, equal = CHECKS[args.task]
-    right = [[equal(find(text), find(references[row["id"]])) for text in row["text"]] for row in rows]
+    equal = math_verified if args.math_verify else equal
+    true = [find(references[i]) for i in rows["id"]]
+    answers = [[find(text) for text in texts] for texts in rows["text"]]
+    right = [[equal(a, b) for a in some] for some, b in zip(answers, true, strict=True)]
     shares = [statistics.fmean(column) for column in zip(*right, strict=True)]
     details |= {"accuracy": shares, "sd_over_generations": statistics.pstdev(shares)}
-    details["without_answer"] = statistics.fmean(find(text) is None for texts in rows["text"] for text in texts)
-    return {f"accuracy_t{t:g}": statistics.fmean(shares)}, details
+    details["without_answer"] = statistics.fmean(a is None for some in answers for a in some)
+    metrics = {f"accuracy_t{t:g}": statistics.fmean(shares)}
+    if args.task == "gsm8k":
+        loose = [[gsm8k_flexible(text) == b for text in texts] for texts, b in zip(rows["text"], true)]
+        metrics[f"flexible_t{t:g}"] = statistics.fmean(good for goods in loose for good in goods)
+    if (n := len(shares)) > 1:
+        ks = sorted({*(2**i for i in range(n.bit_length())), n, *(args.k or [])})
+        several = {k: of_several(answers, right, equal, k) for k in ks}
+        details["pass@k"], details["maj@k"] = ({k: several[k][key] for k in ks} for key in ("pass", "maj"))
+        details["best_of_n"] = several[n]["pass"]  # the answer checker finds the right one where there is one
+        metrics |= {f"{key}@{k}_t{t:g}": several[k][key] for k in args.k or [] for key in ("pass", "maj")}
+    return metrics, details
+
+
+def rouge(texts: list[list[str]], references: list[str]) -> dict[str, float]:
+    """ROUGE-1, -2 and -L F1 by Google's rouge-score without stemming, in the mean; an empty text has 0."""
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = optional("rouge_score.rouge_scorer", "rouge-score").RougeScorer(kinds, use_stemmer=False)
+    found = [scorer.score(true, text) for some, true in zip(texts, references, strict=True) for text in some]
+    return {kind: statistics.fmean(one[kind].fmeasure for one in found) for kind in kinds}
 
 
 def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
@@ -259,7 +341,16 @@ def run(args: argparse.Namespace) -> None:
     spec = data.TASKS[args.task]
     args.max_response = args.max_response or spec.max_response
     if args.temperatures is None:
-        args.temperatures = [0.0, 0.1, 1.0] if args.task in CHECKS else []
+        args.temperatures = [0.0, 0.1, 1.0] if args.task in CHECKS else [0.01] if args.task == "tldr" else []
+    args.generations = args.generations or (1 if args.task == "tldr" else 3)
+    if args.k and max(args.k) > args.generations:
+        raise ValueError(f"--k {max(args.k)} is more than --generations {args.generations}")
+    if args.task == "tldr" and args.temperatures:
+        optional("rouge_score.rouge_scorer", "rouge-score")
+    if args.math_verify:
+        if args.task != "math":
+            raise ValueError(f"--math-verify is for --task math, not {args.task}")
+        optional("math_verify", "math-verify")
     if not claim(args):
         return
     tokenizer = ddp.load_tokenizer(args.model)
@@ -297,6 +388,7 @@ def run(args: argparse.Namespace) -> None:
         "n": len(examples), "left_out": len(rows) - len(examples), "beta": args.beta, "generations": args.generations,
         "max_response": args.max_response, "dtype": args.dtype, "metrics": metrics, "details": details,
     }  # fmt: skip
+    results |= {} if args.x is None else {"x": args.x}
     ddp.barrier()
     if ddp.RANK == 0:
         ddp.write_json(Path(args.out) / "results.json", results)
@@ -304,15 +396,116 @@ def run(args: argparse.Namespace) -> None:
     ddp.print0(f"{args.name}, seed {args.seed}, {len(examples)} examples: {shown}")
 
 
+# ---------------------------------------------------------------------------------------------- AlpacaEval
+def alpaca(args: argparse.Namespace) -> None:
+    """Writes the outputs file of the alpaca_eval package (Tables 2 and 4), which works out the win rates:
+    a JSON list of {instruction, output, generator, dataset}, one for each instruction."""
+    out, flags = Path(args.out), Path(args.out + ".args.json")
+    if out.exists() or not out.name:
+        raise ValueError(f"--out {args.out} exists already; choose another file or delete it")
+    if not args.name.strip():
+        raise ValueError("--name is empty: it is the generator in the leaderboard")
+    args.task, args.columns, ddp_flags = "ultrachat", f"prompt={args.instruction},response=output", vars(args).copy()
+    ddp.init()
+    if [*out.parent.glob(out.name + ".*")]:
+        old = json.loads(flags.read_text()) if flags.exists() else None
+        if old != ddp_flags:
+            raise ValueError(f"{out}.* are left from a call with other flags; choose another --out or delete them")
+    tokenizer = ddp.load_tokenizer(args.model)
+    examples, notes = data.load(args, tokenizer, args.split, need_response=False)
+    rows = data.load_rows(args.task, args.data, args.split, args.columns, args.limit, need_response=False)
+    for note in notes:
+        ddp.print0(note)
+    if len(examples) < len(rows):
+        raise ValueError(f"--data {args.data}: alpaca_eval needs an answer to each instruction; raise --max-prompt")
+    model = ddp.load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step)
+    longest = max(len(row["x"]) for row in examples) + args.max_response
+    ddp.check_fits(model, longest, max(max(row["x"]) for row in examples), "instruction and answer")
+    ddp.barrier()
+    if ddp.RANK == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        ddp.write_json(flags, ddp_flags)
+
+    def make(some: list[dict]) -> list[dict]:
+        drawn = generate.generate(
+            model, [row["x"] for row in some], ids=[row["id"] for row in some], max_new_tokens=args.max_response,
+            eos_token_id=tokenizer.eos_token_id, temperature=args.temperature, seed=args.seed,
+            batch_size=args.batch_size,
+        )  # fmt: skip
+        return [{"id": row["id"], "x": row["x"], "z": z} for row, (z,) in zip(some, drawn, strict=True)]
+
+    made = ddp.offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
+    texts = {row["id"]: tokenizer.decode(row["z"], skip_special_tokens=True).strip() for row in made}
+    if ddp.RANK == 0:
+        ddp.write_json(out, [
+            {"instruction": row["prompt"], "output": texts[row["id"]], "generator": args.name,
+             "dataset": str(row.get("dataset", ""))} for row in rows
+        ])  # fmt: skip
+    ddp.print0(f"{len(rows)} outputs, {sum(not text for text in texts.values())} of them empty: {out}")
+
+
+# ---------------------------------------------------------------------------------------------- while training
+def watch(run: ddp.Run) -> Callable[[], dict[str, float]]:
+    """For --eval-every: a function that measures the run's model on held-out rows, for log.jsonl.
+
+    held_nll and held_gap in nats per token of y, as nll_y and exposure_gap; held_accuracy (greedy) or held_rougeL where
+    the task has one. The rows are divided over the ranks."""
+    args = run.args
+    if args.data and not args.eval_data:
+        raise ValueError("--eval-every needs --eval-data: held-out rows, as --data has its training rows from a file")
+    flags = {name: value for name, value in vars(args).items() if name != "max_reference"}  # no f(x, y) is needed
+    of = argparse.Namespace(**flags | {"data": args.eval_data, "limit": args.eval_rows})
+    try:
+        examples, _ = data.load(of, run.tokenizer, "test")
+        rows = data.load_rows(args.task, of.data, "test", args.columns, of.limit)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--eval-every: {str(error).replace('--data', '--eval-data')}") from None
+    references = {row["id"]: row["response"] for row in rows}
+    spec = data.TASKS[args.task]
+    new = (args.max_response or spec.max_response) if args.task in (*CHECKS, "tldr") else 0
+    tokens = max(len(row["x"]) + max(len(row["y"]), new) for row in examples)
+    ddp.check_fits(run.model, tokens, max(max(row["x"] + row["y"]) for row in examples), "--eval-data: x and y")
+    name = {"tldr": "rougeL"}.get(args.task, "accuracy") if new else None
+    if args.task == "tldr":
+        optional("rouge_score.rouge_scorer", "rouge-score")
+    mine = examples.to_list()[ddp.RANK :: ddp.WORLD]
+    x, y, ids = ([row[key] for row in mine] for key in ("x", "y", "id"))
+    size = {"ids": ids, "batch_size": getattr(args, "generation_batch_size", 64)}
+
+    def score(z: list[int], reference: str) -> float:
+        text = run.tokenizer.decode(z, skip_special_tokens=True)
+        if args.task == "tldr":
+            return rouge([[text]], [reference])["rougeL"]
+        find, equal = CHECKS[args.task]
+        return float(equal(find(text), find(reference)))
+
+    def measure() -> dict[str, float]:
+        end, drawn = run.tokenizer.eos_token_id, []
+        with ddp.inference(run.model):
+            g = generate.mix(run.model, x, y, beta=getattr(args, "beta", 0.2), **size)  # Eq. 4
+            on_y, on_g = (sum(nll(run.model, x, inputs, y, args.micro_batch_size)) for inputs in (y, g))
+            if new:
+                drawn = generate.generate(run.model, x, temperature=0, max_new_tokens=new, eos_token_id=end, **size)
+        good = sum(score(z, references[i]) for i, (z,) in zip(ids, drawn)) if new else 0.0
+        sums = torch.tensor([on_y, on_g, sum(map(len, y)), good, len(y)], dtype=torch.float64, device=run.device)
+        on_y, on_g, n, good, count = ddp.all_sum(sums).tolist()
+        return {"held_nll": on_y / n, "held_gap": (on_g - on_y) / n} | ({f"held_{name}": good / count} if name else {})
+
+    return measure
+
+
 # ---------------------------------------------------------------------------------------------- table
 def percent(metric: str) -> bool:
-    return metric.startswith(("accuracy", "recovery"))
+    return metric.startswith(("accuracy", "recovery", "flexible", "pass@", "maj@", "rouge", "win_rate"))
 
 
 def title(metric: str) -> str:
     """A column's head, as in the paper's tables where it has one."""
     if metric.startswith("accuracy_t"):
         return "Greedy (%)" if metric == "accuracy_t0" else f"Temperature = {metric[10:]} (%)"
+    if found := re.fullmatch(r"(flexible|(?:pass|maj)@\d+|rouge[12L]|win_rate)_t([\d.e+-]+)", metric):
+        name = found[1].replace("rouge", "ROUGE-").replace("_", " ").replace("flexible", "flexible match")
+        return f"{name}, T = {found[2]} (%)"
     return {
         "recovery_restated": "Error restated right (%)", "recovery_final": "Final right after error (%)",
         "nll_y": "NLL given y", "nll_g": "NLL given g", "exposure_gap": "Gap", "train_seconds": "Training (s)",
@@ -354,6 +547,9 @@ def summarise(runs: list[dict], baseline: str | None = None) -> dict:
     """One row a name, in order of first appearance: (mean, s.e.) over seeds of each metric, and of its difference to
     the baseline's run of the same seed. Raises ValueError where the runs do not belong in one table."""
     first, rows = runs[0], {}
+    judges = {json.dumps(one["judge"], sort_keys=True): one["file"] for one in runs if "judge" in one}
+    if len(judges) > 1:
+        raise ValueError(f"{' and '.join(judges.values())}: win rates by different judges: not one table")
     for one in runs:
         for key in SAME:
             if one[key] != first[key]:
@@ -427,6 +623,11 @@ def temperatures(text: str) -> list[float]:
     return list(dict.fromkeys(ddp.number(0)(part) for part in filter(None, text.split(","))))
 
 
+def numbers(text: str) -> list[int]:
+    """An argparse type: "1,4" -> [1, 4]."""
+    return [ddp.number(1, kind=int)(part) for part in text.split(",")]
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
@@ -437,17 +638,36 @@ def main() -> None:
     p.add_argument("--out", required=True, help="folder for results.json and what the model wrote")
     p.add_argument("--name", required=True, help="the method: the row of the table")
     p.add_argument("--seed", type=ddp.count, default=0, help="of the training run, and of the draws")
-    p.add_argument("--temperatures", type=temperatures, help="default 0,0.1,1 where answers can be checked, else none")
-    p.add_argument("--generations", type=ddp.number(1, kind=int), default=3, help="a problem, above temperature 0")
+    p.add_argument("--temperatures", type=temperatures, help="default 0,0.1,1 with answers to check; tldr: 0.01")
+    p.add_argument("--generations", type=ddp.number(1, kind=int), help="a problem, above temperature 0 (3; tldr: 1)")
+    p.add_argument("--k", type=numbers, help="also pass@k and maj@k in the table, for these k (e.g. 1,4)")
+    p.add_argument("--math-verify", action="store_true", default=None, help="math: compare with that package")
+    p.add_argument("--x", type=ddp.number(), help="where show.py puts this run in a plot, e.g. training examples")
     p.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in g (Eq. 4)")
     p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    p = commands.add_parser("alpaca", help="the outputs file of the alpaca_eval package", allow_abbrev=False)
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    p.add_argument("--data", required=True, help="a .jsonl/.json/.parquet file (or hub set) of instructions")
+    p.add_argument("--instruction", default="instruction", help="the column that holds them")
+    p.add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
+    p.add_argument("--name", required=True, help="the generator's name")
+    p.add_argument("--out", required=True, help="the .json file")
+    p.add_argument("--temperature", type=ddp.number(0), default=0.7, help="0 is greedy")
+    p.add_argument("--seed", type=ddp.count, default=0, help="another seed is another generation")
+    p.add_argument("--limit", type=ddp.count, default=0, help="use only the first N rows (0: all)")
+    p.add_argument("--max-prompt", type=ddp.count, default=2048, help="tokens of the instruction in its template")
+    p.add_argument("--max-response", type=ddp.number(1, kind=int), default=2048, help="tokens of the answer")
+    p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    p.add_argument("--shard", type=ddp.count, default=0, help="hybrid sharding: replicas of N-way shards")
+    p.add_argument("--lock-step", action="store_true", help="generate sharded: slow, where no device holds the model")
     p = commands.add_parser("table", help="Markdown and JSON from several runs", allow_abbrev=False)
     p.add_argument("results", nargs="+", help="results.json files, or the .json of an earlier table")
     p.add_argument("--baseline", help="the name to take differences to (default: sft-more, if it is there)")
     p.add_argument("--out", help="write OUT.md and OUT.json, too")
     args = parser.parse_args()
-    run(args) if args.command == "run" else table(args)
+    {"run": run, "alpaca": alpaca, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+import bash
 import ddp_utils
 import evaluate
+import sft
 import tiny
 import toy
 
@@ -39,6 +42,24 @@ torch.set_num_threads(1)
 )
 def test_gsm8k_answer(text, answer):
     assert evaluate.gsm8k_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so 3 * 4 = <<3*4=12>>12\n#### 12", "12"),
+        ("The answer is $1,234.50.", "1234.50"),
+        ("He has 3 left, i.e. 3.", "3"),  # the point is no part of a number of one digit
+        ("It is 17.", "17"),
+        ("#### 5 of 9", "9"),  # the last
+        ("minus -7", "-7"),
+        ("-$5 it is", "-5"),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_gsm8k_flexible(text, answer):
+    assert evaluate.gsm8k_flexible(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -116,6 +137,54 @@ def test_pass_at_k():
             evaluate.pass_at_k(n, c, k)
 
 
+def test_majority():
+    assert evaluate.majority(["2", "1", "1"]) == "1"
+    assert evaluate.majority(["2", "1", "1", "2"]) == "2"  # a tie: the first
+    assert evaluate.majority([None, None, "3"]) == "3"  # no answer, no vote
+    assert evaluate.majority([None, None]) is None
+    assert evaluate.majority([]) is None
+    halves = ["7", r"\frac12", "0.5", "7", "1/2"]
+    assert evaluate.majority(halves, evaluate.math_equal) == r"\frac12"
+    assert evaluate.majority(halves) == "7"
+
+
+def test_of_several_by_hand():
+    """Three problems, four samples each: the true answer is 1."""
+    answers = [["2", "1", "1", None], ["1", "2", "2", "3"], [None, None, None, "2"]]
+    right = [[a == "1" for a in row] for row in answers]
+    at = {k: evaluate.of_several(answers, right, evaluate.same, k) for k in (1, 2, 3, 4)}
+    assert at[1]["pass"] == pytest.approx((2 / 4 + 1 / 4 + 0) / 3)
+    assert at[2]["pass"] == pytest.approx((1 - 1 / 6 + 1 - 3 / 6 + 0) / 3)
+    assert at[4]["pass"] == pytest.approx(2 / 3)  # best of N: any is right
+    assert [at[k]["maj"] for k in (1, 2, 3, 4)] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1 / 3])
+    assert evaluate.of_several(answers[:1], right[:1], evaluate.same, 2)["maj"] == 0  # 2 and 1: the first wins
+    assert evaluate.of_several(answers[:1], right[:1], evaluate.same, 3)["maj"] == 1
+
+
+def test_math_verify():
+    pytest.importorskip("math_verify", reason="an optional package")
+    assert evaluate.math_verified(r"\frac{2}{4}", "0.5") and not evaluate.math_equal(r"\frac{2}{4}", "0.5")
+    assert not evaluate.math_verified("3", "4")
+    assert not evaluate.math_verified(None, "4") and not evaluate.math_verified("4", None)
+
+
+def test_rouge_by_hand():
+    """F1 of unigrams, bigrams and the longest common subsequence; no stemming; an empty text has 0."""
+    pytest.importorskip("rouge_score", reason="pip install rouge-score")
+    found = evaluate.rouge([["the cat sat down"]], ["The cat, he sat."])
+    assert found["rouge1"] == pytest.approx(2 * (3 / 4) * (3 / 4) / (3 / 4 + 3 / 4))
+    assert found["rouge2"] == pytest.approx(1 / 3)
+    assert found["rougeL"] == pytest.approx(3 / 4)
+    assert evaluate.rouge([["cats sit"]], ["cat sits"]) == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
+    halves = evaluate.rouge([["a b", ""], ["x", "a b"]], ["a b", "a b"])
+    assert halves["rouge1"] == 0.5
+
+
+def test_a_missing_package_is_one_line():
+    with pytest.raises(ValueError, match=r"this needs no-such-thing \(.*\): pip install no-such-thing"):
+        evaluate.optional("no_such_thing", "no-such-thing")
+
+
 def test_mean_se_and_paired_difference():
     values = [0.4, 0.7, 0.1, 0.2]
     mean, se = evaluate.mean_se(values)
@@ -166,7 +235,7 @@ def toy_set():
 
 def arguments(out, **kw) -> Namespace:
     flags = {"task": "toy", "out": str(out), "max_response": 64, "generations": 2, "seed": 1, "batch_size": 8}
-    return Namespace(**flags | {"beta": 0.2} | kw)
+    return Namespace(**flags | {"beta": 0.2, "k": None, "math_verify": None} | kw)
 
 
 def test_exposure(toy_set, tmp_path):
@@ -242,8 +311,36 @@ def test_accuracy_by_hand(toy_set, tmp_path, monkeypatch):
     assert details["without_answer"] == details["without_eos"] == pytest.approx(1 / 3)
     assert details["tokens"] == pytest.approx((3 + 3 + 1) / 3)
     assert evaluate.accuracy(args, lm, tokenizer, rows, references, 0.0)[0] == {"accuracy_t0": 1.0}  # one generation
-    assert evaluate.accuracy(arguments(tmp_path / "tldr", task="tldr"), lm, tokenizer, rows, references, 0.0)[0] == {}
+    args = arguments(tmp_path / "tldr", task="ultrachat")
+    assert evaluate.accuracy(args, lm, tokenizer, rows, references, 0.0)[0] == {}
     assert np.std([7.90, 8.45, 7.74]).round(2) == 0.30  # SFT's row of Table 2
+
+
+def test_several_generations_by_hand(toy_set, tmp_path, monkeypatch):
+    """The same four problems: right of three are 2, 2, 1, 1; the majority is right in two of them."""
+    tokenizer, rows, references = toy_set
+
+    def write(prompt, kw):
+        row = int(tokenizer.convert_ids_to_tokens(prompt)[2])
+        right, wrong = ([*tokenizer(text)["input_ids"], 1] for text in ("#### 40", "#### 30"))
+        return [right, right if row < 2 else wrong, wrong][: kw["n"]]
+
+    scripted(monkeypatch, write)
+    args = arguments(tmp_path, generations=3, k=[2])
+    metrics, details = evaluate.accuracy(args, tiny.model("gpt_neox"), tokenizer, rows, references, 1.0)
+    assert metrics == {"accuracy_t1": 0.5, "pass@2_t1": pytest.approx((1 + 1 + 2 / 3 + 2 / 3) / 4), "maj@2_t1": 1.0}
+    assert details["pass@k"] == {1: 0.5, 2: metrics["pass@2_t1"], 3: 1.0}
+    assert details["maj@k"] == {1: 1.0, 2: 1.0, 3: 0.5}
+    assert details["best_of_n"] == 1.0
+    assert evaluate.title("pass@2_t1") == "pass@2, T = 1 (%)"
+
+
+def test_flexible_match_of_gsm8k(toy_set, tmp_path, monkeypatch):
+    tokenizer, rows, references = toy_set
+    scripted(monkeypatch, lambda prompt, kw: [tokenizer("now 40")["input_ids"] + [1]])
+    args = arguments(tmp_path, task="gsm8k")
+    found = evaluate.accuracy(args, tiny.model("gpt_neox"), tokenizer, rows, references, 0.0)[0]
+    assert found == {"accuracy_t0": 0.0, "flexible_t0": 1.0}
 
 
 def test_train_seconds(tmp_path):
@@ -409,23 +506,32 @@ def test_bad_input(folder, tmp_path, monkeypatch):
     (tmp_path / "silent.jsonl").write_text('{"prompt": "amy has 3 eggs .", "response": "3"}\n')
     with pytest.raises(ValueError, match="no response of the data holds an answer"):
         call(folder, monkeypatch, "--out", str(tmp_path / "b"), "--data", str(tmp_path / "silent.jsonl"))
+    for flags, message in (
+        (("--k", "1,4"), "--k 4 is more than --generations 3"),
+        (("--math-verify",), "--math-verify is for --task math, not toy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(folder, monkeypatch, "--out", str(tmp_path / "c"), *flags)
     for flag, value in (
         ("--temperatures", "0,-1"),
         ("--temperatures", "hot"),
         ("--beta", "1.5"),
         ("--generations", "0"),
+        ("--k", "0"),
+        ("--x", "many"),
     ):
         with pytest.raises(SystemExit):
             call(folder, monkeypatch, "--out", str(tmp_path / "c"), flag, value)
 
 
 def test_exposure_of_a_task_without_answers(folder, tmp_path, monkeypatch):
-    """Exposure alone, on any data: nothing is generated unless asked for; train_seconds where there is a log."""
+    """Exposure alone, on any data: nothing is generated unless asked for; ROUGE of summaries."""
     rows = toy.problems(3, seed=1)
     (tmp_path / "posts.jsonl").write_text(
         "".join(json.dumps({"post": r["prompt"], "summary": r["response"]}) + "\n" for r in rows)
     )
-    flags = ("--task", "tldr", "--data", str(tmp_path / "posts.jsonl"))
+    columns = ("--columns", "prompt=post,response=summary")
+    flags = ("--task", "ultrachat", "--data", str(tmp_path / "posts.jsonl"), *columns)
     call(folder, monkeypatch, "--out", str(tmp_path / "a"), *flags)
     assert json.loads((tmp_path / "a" / "results.json").read_text())["metrics"].keys() == {
         "nll_y",
@@ -433,5 +539,142 @@ def test_exposure_of_a_task_without_answers(folder, tmp_path, monkeypatch):
         "exposure_gap",
     }
     assert not list((tmp_path / "a").glob("generations*"))
-    call(folder, monkeypatch, "--out", str(tmp_path / "b"), *flags, "--temperatures", "0")
-    assert (tmp_path / "b" / "generations-t0" / "dataset_info.json").exists()
+    flags = ("--task", "tldr", *flags[2:4], "--x", "500")
+    call(folder, monkeypatch, "--out", str(tmp_path / "b"), *flags)
+    assert (tmp_path / "b" / "generations-t0.01" / "dataset_info.json").exists()
+    found = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert [*found["metrics"]][:3] == ["rouge1_t0.01", "rouge2_t0.01", "rougeL_t0.01"]
+    assert found["x"] == 500 and found["generations"] == 1
+    assert evaluate.title("rougeL_t0.01") == "ROUGE-L, T = 0.01 (%)"
+
+
+# ---------------------------------------------------------------------------------------------- AlpacaEval
+def test_alpaca_outputs(folder, tmp_path, monkeypatch, capsys):
+    """The list of objects that alpaca_eval reads: an output for each instruction, in order; the same each time."""
+    rows = [{"instruction": f"amy has {i} eggs .", "dataset": "helpful_base", "output": "x"} for i in range(3)]
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+
+    def alpaca(name, *more) -> None:
+        flags = f"alpaca --model {folder}/model --data {tmp_path}/set.json --name bash --out {tmp_path}/{name}.json"
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags.split(), "--max-response", "9", *more])
+        evaluate.main()
+
+    alpaca("a")
+    made = json.loads((tmp_path / "a.json").read_text())
+    assert [list(row) for row in made] == [["instruction", "output", "generator", "dataset"]] * 3
+    assert [row["instruction"] for row in made] == [row["instruction"] for row in rows]
+    assert {(row["generator"], row["dataset"]) for row in made} == {("bash", "helpful_base")}
+    assert all(isinstance(row["output"], str) for row in made) and len({row["output"] for row in made}) > 1
+    alpaca("b", "--batch-size", "1")
+    assert json.loads((tmp_path / "b.json").read_text()) == made
+    alpaca("c", "--seed", "1", "--limit", "2")
+    other = json.loads((tmp_path / "c.json").read_text())
+    assert len(other) == 2 and other[0]["output"] != made[0]["output"]
+    for flags, message in (
+        (("a",), "a.json exists already"),
+        (("d", "--instruction", "question"), "row 0: no column 'question' for the prompt"),
+        (("e", "--max-prompt", "3"), "no example is left"),
+        (("f", "--max-response", "600"), "the model has 512 positions"),
+        (("g", "--name", " "), "--name is empty"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            alpaca(*flags)
+        assert "\n" not in str(error.value)
+    (tmp_path / "h.json.data").mkdir()
+    with pytest.raises(ValueError, match="left from a call with other flags"):
+        alpaca("h")
+    rows.append({"instruction": "amy " * 90, "dataset": "x", "output": ""})
+    (tmp_path / "set.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="an answer to each instruction; raise --max-prompt"):
+        alpaca("i", "--max-prompt", "60")
+
+
+# ---------------------------------------------------------------------------------------------- while training
+TRAIN = "--task toy --epochs 1 --batch-size 2 --lr 1e-3 --max-response 40 --checkpoint-every 0 --limit 8"
+
+
+def train(stage, folder, out, monkeypatch, *more) -> list[dict]:
+    """The log of a short run on the eight problems."""
+    flags = f"--model {folder}/model --data {folder}/test.jsonl --out {out} {TRAIN}".split()
+    monkeypatch.setattr(sys, "argv", [f"{stage.__name__}.py", *flags, *more])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    stage.main()
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_eval_every(folder, tmp_path, monkeypatch):
+    """Held-out numbers in the log of every second step and the last, and the same training as without them."""
+    watched = ("--eval-every", "3", "--eval-data", f"{folder}/test.jsonl", "--eval-rows", "5")
+    rows = train(sft, folder, tmp_path / "a", monkeypatch, *watched)
+    plain = train(sft, folder, tmp_path / "b", monkeypatch)
+    held = {"held_nll", "held_gap", "held_accuracy"}
+    assert [row["step"] for row in rows if held <= row.keys()] == [3, 4]
+    assert not held & rows[0].keys()
+    assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
+
+    args = arguments(tmp_path / "c", model=str(tmp_path / "a"), max_response=40)
+    tokenizer = ddp_utils.load_tokenizer(args.model)
+    lm = ddp_utils.load_model(args.model)
+    examples, _ = evaluate.data.examples("toy", tokenizer, data=f"{folder}/test.jsonl", limit=5, max_response=40)
+    found = evaluate.exposure(args, lm, tokenizer, examples)
+    assert rows[-1]["held_nll"] == pytest.approx(found["nll_y"], rel=1e-5)
+    assert rows[-1]["held_gap"] == pytest.approx(found["exposure_gap"], abs=1e-5)
+
+
+def test_eval_every_in_a_stage_that_generates(folder, tmp_path, monkeypatch):
+    watched = ("--eval-every", "2", "--eval-data", f"{folder}/test.jsonl", "--beta", "0.5")
+    rows = train(bash, folder, tmp_path / "a", monkeypatch, *watched)
+    assert ["held_gap" in row for row in rows] == [False, True, False, True]
+    assert {"bash", "sft"} <= rows[-1].keys()
+
+
+def test_watch_knows_a_right_answer(folder, monkeypatch):
+    """Three of the eight problems are answered right."""
+    problems = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    tokenizer = ddp_utils.load_tokenizer(str(folder / "model"))
+    run = Namespace(model=ddp_utils.load_model(str(folder / "model")), tokenizer=tokenizer, device="cpu")
+    run.args = Namespace(task="toy", data=None, columns="", max_prompt=0, max_response=0, micro_batch_size=4)
+    run.args.eval_data, run.args.eval_rows = f"{folder}/test.jsonl", 8
+    by_prompt = {problem["prompt"]: i for i, problem in enumerate(problems)}
+
+    def write(prompt, kw):
+        i = by_prompt[tokenizer.decode(prompt)]
+        return [tokenizer(problems[i]["response"] if i < 3 else "#### 0")["input_ids"] + [1]]
+
+    scripted(monkeypatch, write)
+    found = evaluate.watch(run)()
+    assert found["held_accuracy"] == 3 / 8
+    assert found.keys() == {"held_nll", "held_gap", "held_accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--eval-every needs --eval-data"),
+        (("--eval-data", "missing.jsonl"), "--eval-every: --eval-data missing.jsonl: no such file"),
+        (("--eval-data", "LONG"), "--eval-data: x and y take up to 540 tokens, the model has 512 positions"),
+    ],
+)
+def test_eval_every_bad_input(folder, tmp_path, monkeypatch, flags, message):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "amy " * 500, "response": "#### 3"}) + "\n")
+    flags = [str(long) if flag == "LONG" else flag for flag in flags]
+    with pytest.raises(ValueError, match=message):
+        train(sft, folder, tmp_path / "a", monkeypatch, "--eval-every", "1", "--max-prompt", "600", *flags)
+
+
+def test_eval_every_on_two_ranks(folder, tmp_path, monkeypatch):
+    """The rows are divided over the ranks, even where there are fewer rows than ranks: the numbers are those of one."""
+    watched = ["--eval-every", "4", "--eval-data", f"{folder}/test.jsonl", "--eval-rows", "1"]
+    (one,) = (row for row in train(sft, folder, tmp_path / "one", monkeypatch, *watched) if "held_nll" in row)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "sft.py"]
+    flags = f"--model {folder}/model --data {folder}/test.jsonl --out {tmp_path}/two {TRAIN}".split()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, *flags, *watched], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[-1])
+    for name in ("held_nll", "held_gap", "held_accuracy"):
+        assert two[name] == pytest.approx(one[name], abs=1e-4)
