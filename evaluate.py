@@ -482,7 +482,7 @@ def watch(run: ddp.Run) -> Callable[[], dict[str, float]]:
     def measure() -> dict[str, float]:
         end, drawn = run.tokenizer.eos_token_id, []
         with ddp.inference(run.model):
-            g = generate.mix(run.model, x, y, beta=getattr(args, "beta", 0.2), **size)  # Eq. 4
+            g = generate.mix(run.model, x, y, beta=0.2, **size)  # Eq. 4; one beta for all stages, to compare
             on_y, on_g = (sum(nll(run.model, x, inputs, y, args.micro_batch_size)) for inputs in (y, g))
             if new:
                 drawn = generate.generate(run.model, x, temperature=0, max_new_tokens=new, eos_token_id=end, **size)
