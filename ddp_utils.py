@@ -129,9 +129,8 @@ def cli(main: Callable[[], None]) -> None:
         who = f"rank {RANK}: " if RANK else ""
         print(f"{Path(sys.argv[0]).name}: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
         os._exit(2) if WORLD > 1 else sys.exit(2)
-    if (
-        WORLD > 1
-    ):  # at once: to take down an interpreter with gloo's threads may abort, and torchrun calls that a failure
+    if WORLD > 1:
+        # At once: an interpreter that is taken down with gloo's threads in it may abort, a failure to torchrun.
         barrier()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(0)
