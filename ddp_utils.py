@@ -160,17 +160,23 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
 count = number(0, kind=int)
 
 
+def model_flags(p: argparse.ArgumentParser) -> None:
+    """What `model_of` reads: the flags of every command that runs a model."""
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    p.add_argument("--shard", type=count, default=0, help="hybrid sharding: replicas of N-way shards (0: one shard)")
+    p.add_argument("--lock-step", action="store_true", help="generate sharded: slow, where no device holds the model")
+
+
 def data_flags(p: argparse.ArgumentParser, tasks: list[str], task: str | None = None) -> None:
     """The flags that say which model reads which examples: those of the stages, of evaluate.py and of generate.py."""
-    p.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    model_flags(p)
     p.add_argument("--task", required=not task, default=task, choices=tasks, help="columns, templates, lengths, hub")
     p.add_argument("--data", help="a local .jsonl/.json/.parquet file, or another hub set")
     p.add_argument("--columns", default="", help="prompt=NAME,response=NAME where the file's columns differ")
     p.add_argument("--limit", type=count, default=0, help="use only the first N rows (0: all)")
     p.add_argument("--max-prompt", type=count, default=0, help="tokens of x (0: the task's own)")
     p.add_argument("--max-response", type=count, default=0, help="tokens of y and z (0: the task's own)")
-    p.add_argument("--shard", type=count, default=0, help="hybrid sharding: replicas of N-way shards (0: one shard)")
-    p.add_argument("--lock-step", action="store_true", help="generate sharded: slow, where no device holds the model")
 
 
 def parser(doc: str, tasks: list[str], task: str | None = None) -> argparse.ArgumentParser:
@@ -186,7 +192,6 @@ def parser(doc: str, tasks: list[str], task: str | None = None) -> argparse.Argu
     p.add_argument("--lr", type=number(0), default=5e-6, help="peak learning rate (Table 5)")
     p.add_argument("--warmup", type=number(0, 1), default=0.1, help="share of the steps that warm up (Table 5)")
     p.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
     p.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in the backward")
     p.add_argument("--compile", action="store_true", help="torch.compile each block's training pass")
     p.add_argument("--seed", type=count, default=0)
@@ -253,6 +258,13 @@ def load_model(
         return model.eval().to(device)
     model.lock_step = lock_step
     return fill(shard(model.eval(), dtype, shard_size), whole)
+
+
+def model_of(args: argparse.Namespace) -> torch.nn.Module:
+    """The model that the flags of a command name."""
+    training = {"recompute": "activation_checkpointing", "compile": "compile"}  # flags of the stages alone
+    training = {name: getattr(args, flag, False) for name, flag in training.items()}
+    return load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step, **training)
 
 
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -597,10 +609,7 @@ def start(
         print0(note)
     if len(examples) < WORLD:
         raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
-    model = load_model(
-        args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step,
-        recompute=args.activation_checkpointing, compile=args.compile,
-    )  # fmt: skip
+    model = model_of(args)
     tokens = largest = 0
     for row in examples:
         f, z = row.get("f", []), row.get("z", [])  # the prompt of RAC's labels; the rejected response of DPO's pairs
@@ -677,6 +686,32 @@ def open_out(args: argparse.Namespace) -> bool:
         write_json(out / "args.json", flags)
     wait_for(out / "args.json")
     return True
+
+
+def claim_file(args: argparse.Namespace) -> tuple[Path, Callable[[], None]]:
+    """--out of a command that writes one file, and what to call when its work begins: that leaves the flags beside it.
+
+    Raises ValueError where the file exists, or where another call's work is left beside it."""
+    out, flags, kept = Path(args.out), Path(args.out + ".args.json"), vars(args).copy()
+    if out.exists():
+        raise ValueError(f"--out {args.out} exists already; choose another file or delete it")
+    try:
+        same = flags.exists() and json.loads(flags.read_text()) == kept
+    except ValueError:  # half a file
+        same = False
+    if not same and any(out.parent.glob(out.name + ".*")):
+        raise ValueError(f"{out}.* are left from a call with other flags; choose another --out or delete them")
+
+    def begin() -> None:
+        barrier()
+        if RANK == 0:
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OSError(f"--out {out} cannot be written ({error.strerror})") from None
+            write_json(flags, kept)
+
+    return out, begin
 
 
 def checksum(path: Path) -> int:

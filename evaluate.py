@@ -367,7 +367,7 @@ def run(args: argparse.Namespace) -> None:
         if silent:
             ddp.print0(f"{len(silent)} references without an answer count as never reached, first: row {silent[0]}")
 
-    model = ddp.load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step)
+    model = ddp.model_of(args)
     tokens = max(len(row["x"]) + max(len(row["y"]), args.max_response * bool(args.temperatures)) for row in examples)
     if args.task == "toy":
         tokens = max(len(row["x"] + row["y"]) for row in examples) + args.max_response  # recovery begins inside of y
@@ -400,17 +400,11 @@ def run(args: argparse.Namespace) -> None:
 def alpaca(args: argparse.Namespace) -> None:
     """Writes the outputs file of the alpaca_eval package (Tables 2 and 4), which works out the win rates:
     a JSON list of {instruction, output, generator, dataset}, one for each instruction."""
-    out, flags = Path(args.out), Path(args.out + ".args.json")
-    if out.exists() or not out.name:
-        raise ValueError(f"--out {args.out} exists already; choose another file or delete it")
     if not args.name.strip():
         raise ValueError("--name is empty: it is the generator in the leaderboard")
-    args.task, args.columns, ddp_flags = "ultrachat", f"prompt={args.instruction},response=output", vars(args).copy()
+    args.task, args.columns = "ultrachat", f"prompt={args.instruction},response=output"
     ddp.init()
-    if [*out.parent.glob(out.name + ".*")]:
-        old = json.loads(flags.read_text()) if flags.exists() else None
-        if old != ddp_flags:
-            raise ValueError(f"{out}.* are left from a call with other flags; choose another --out or delete them")
+    out, begin = ddp.claim_file(args)
     tokenizer = ddp.load_tokenizer(args.model)
     examples, notes = data.load(args, tokenizer, args.split, need_response=False)
     rows = data.load_rows(args.task, args.data, args.split, args.columns, args.limit, need_response=False)
@@ -418,13 +412,10 @@ def alpaca(args: argparse.Namespace) -> None:
         ddp.print0(note)
     if len(examples) < len(rows):
         raise ValueError(f"--data {args.data}: alpaca_eval needs an answer to each instruction; raise --max-prompt")
-    model = ddp.load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step)
+    model = ddp.model_of(args)
     longest = max(len(row["x"]) for row in examples) + args.max_response
     ddp.check_fits(model, longest, max(max(row["x"]) for row in examples), "instruction and answer")
-    ddp.barrier()
-    if ddp.RANK == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        ddp.write_json(flags, ddp_flags)
+    begin()
 
     def make(some: list[dict]) -> list[dict]:
         drawn = generate.generate(
@@ -645,9 +636,8 @@ def main() -> None:
     p.add_argument("--x", type=ddp.number(), help="where show.py puts this run in a plot, e.g. training examples")
     p.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in g (Eq. 4)")
     p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
     p = commands.add_parser("alpaca", help="the outputs file of the alpaca_eval package", allow_abbrev=False)
-    p.add_argument("--model", required=True, help="Hugging Face folder or hub name")
+    ddp.model_flags(p)
     p.add_argument("--data", required=True, help="a .jsonl/.json/.parquet file (or hub set) of instructions")
     p.add_argument("--instruction", default="instruction", help="the column that holds them")
     p.add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
@@ -659,9 +649,6 @@ def main() -> None:
     p.add_argument("--max-prompt", type=ddp.count, default=2048, help="tokens of the instruction in its template")
     p.add_argument("--max-response", type=ddp.number(1, kind=int), default=2048, help="tokens of the answer")
     p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
-    p.add_argument("--shard", type=ddp.count, default=0, help="hybrid sharding: replicas of N-way shards")
-    p.add_argument("--lock-step", action="store_true", help="generate sharded: slow, where no device holds the model")
     p = commands.add_parser("table", help="Markdown and JSON from several runs", allow_abbrev=False)
     p.add_argument("results", nargs="+", help="results.json files, or the .json of an earlier table")
     p.add_argument("--baseline", help="the name to take differences to (default: sft-more, if it is there)")

@@ -523,7 +523,6 @@ def check(
 def main() -> None:
     import argparse
     import json
-    from pathlib import Path
 
     import data
     import ddp_utils as ddp
@@ -539,36 +538,20 @@ def main() -> None:
     p.add_argument("--top-p", type=ddp.number(1e-6, 1), default=1.0)
     p.add_argument("--top-k", type=ddp.count, default=0)
     p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.add_argument("--seed", type=ddp.count, default=0)
     args = p.parse_args()
     ddp.init()
-    out, flags = Path(args.out), Path(args.out + ".args.json")
-    if out.exists():
-        raise ValueError(f"--out {out} exists already; choose another file or delete it")
-    begun = [*out.parent.glob(out.name + ".*")]
-    try:
-        same = flags.exists() and json.loads(flags.read_text()) == vars(args)
-    except ValueError:  # half a file
-        same = False
-    if begun and not same:
-        raise ValueError(f"{out}.* are left from a call with other flags; choose another --out or delete them")
-    ddp.barrier()
-    if ddp.RANK == 0:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"--out {out} cannot be written ({error.strerror})") from None
-        ddp.write_json(flags, vars(args))
+    out, begin = ddp.claim_file(args)
     tokenizer = ddp.load_tokenizer(args.model)
     examples, notes = data.load(args, tokenizer, args.split, need_response=False)
     for note in notes:
         ddp.print0(note)
-    model = ddp.load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step)
+    model = ddp.model_of(args)
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "n", "seed", "batch_size")}
     options["max_new_tokens"] = args.max_response or data.TASKS[args.task].max_response
     tokens = max(map(len, examples["x"])) + options["max_new_tokens"]
     ddp.check_fits(model, tokens, max(map(max, examples["x"])), "prompt and response")
+    begin()
 
     def make(rows: list[dict]) -> list[dict]:
         ids, x = [row["id"] for row in rows], [row["x"] for row in rows]

@@ -122,8 +122,9 @@ def rac_top_labels(
     """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp ([L][k])."""
     labels: list[dict[str, list]] = [{} for _ in z]
     for some, logits in reference_logits(model, reference_prompts, z, batch_size):
-        top, ids = logits.float().topk(k)  # [B, L, k], the largest first
-        logp = top - logits.float().logsumexp(dim=-1, keepdim=True)
+        logits = logits.float()
+        top, ids = logits.topk(k)  # [B, L, k], the largest first
+        logp = top - logits.logsumexp(dim=-1, keepdim=True)
         for i, ids_i, logp_i in zip(some, ids.tolist(), logp.tolist(), strict=True):
             n = len(z[i])
             labels[i] = {"z_bar": [q[0] for q in ids_i[:n]], "top_ids": ids_i[:n], "top_logp": logp_i[:n]}
@@ -156,19 +157,24 @@ def soft_term(run: ddp.Run, rows: list[dict], z: data.Rows, z_bar: data.Rows) ->
     return loss, z, z, z_bar, [[next(numbers) for _ in own] for own in z]
 
 
+def with_z(run: ddp.Run, args: argparse.Namespace, iteration: int, rows: list[dict]) -> list[dict]:
+    """The rows, each with an answer z ~ p(.|x) of the current model (Algorithm 2, line 9). Runs under `inference`."""
+    drawn = generate.generate(
+        run.model,
+        [row["x"] for row in rows],
+        ids=[row["id"] for row in rows],
+        max_new_tokens=args.max_response or data.TASKS[args.task].max_response,
+        batch_size=args.generation_batch_size,
+        eos_token_id=run.tokenizer.eos_token_id,
+        temperature=args.temperature,
+        seed=ddp.fold_in(args.seed, iteration),
+    )  # Eq. 2
+    return [row | {"z": samples[0]} for row, samples in zip(rows, drawn, strict=True)]
+
+
 def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
     """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13), or labelled by that of --model."""
-    options = {
-        "max_new_tokens": args.max_response or data.TASKS[args.task].max_response,
-        "batch_size": args.generation_batch_size,
-        "eos_token_id": run.tokenizer.eos_token_id,
-        "temperature": args.temperature,
-        "seed": ddp.fold_in(args.seed, iteration),
-    }
-
-    def draw(rows: list[dict]) -> list[dict]:
-        drawn = generate.generate(run.model, [r["x"] for r in rows], ids=[r["id"] for r in rows], **options)  # Eq. 2
-        return [row | {"z": samples[0]} for row, samples in zip(rows, drawn, strict=True)]
+    draw = partial(with_z, run, args, iteration)
 
     def label(model: torch.nn.Module, rows: list[dict]) -> list[dict]:
         f, z = [r["f"] for r in rows], [r["z"] for r in rows]
@@ -185,7 +191,7 @@ def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteratio
         return run.offline(name, lambda rows: label(run.model, draw(rows)), examples)
     drawn = run.offline(f"D_z_{iteration}", draw, examples)
     # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
-    start = ddp.load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step)
+    start = ddp.model_of(args)
     return ddp.offline(run.out / name, partial(label, start), drawn, start, run.tokenizer)
 
 

@@ -28,8 +28,8 @@ from datasets import Dataset, concatenate_datasets
 
 import data
 import ddp_utils as ddp
-import generate
 from dpo import preference_phase, with_log_probs
+from rac import with_z
 
 
 def spin_loss(
@@ -45,18 +45,9 @@ def spin_loss(
 
 def make_d_spin(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
     """(x, y, z) and the log-probabilities of y and z, z and both of them by the current model."""
-    options = {
-        "max_new_tokens": args.max_response or data.TASKS[args.task].max_response,
-        "batch_size": args.generation_batch_size,
-        "eos_token_id": run.tokenizer.eos_token_id,
-        "temperature": args.temperature,
-        "seed": ddp.fold_in(args.seed, iteration),
-    }
 
     def make(rows: list[dict]) -> list[dict]:
-        drawn = generate.generate(run.model, [r["x"] for r in rows], ids=[r["id"] for r in rows], **options)  # Eq. 2
-        rows = [row | {"z": samples[0]} for row, samples in zip(rows, drawn, strict=True)]
-        return with_log_probs(run.model, rows, args.micro_batch_size)
+        return with_log_probs(run.model, with_z(run, args, iteration, rows), args.micro_batch_size)
 
     d_spin = run.offline(f"D_spin_{iteration}", make, examples)
     equal = sum(row["y"] == row["z"] for row in d_spin) / len(d_spin)  # pairs without a gradient
