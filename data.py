@@ -13,8 +13,8 @@ Decisions that the paper leaves open
 - Lengths are in tokens, EOS included. A TL;DR post is cut as in the OpenAI code (the end `TL;DR:` stays). In the other
   tasks a prompt is never cut: a row whose x, or whose f(x, y), is too long is left out, counted and reported.
 - A response over its limit is cut, and carries no EOS then, so no model is taught to stop in mid-sentence. Counted.
-- General QA takes the first turn of a dialogue, as SPIN does. Math trains with the paper's evaluation prompt, so that
-  the model meets the same template in both.
+- General QA takes the first turn of a dialogue, as SPIN does, unless --columns asks for each. Math trains with the
+  paper's evaluation prompt, so that the model meets the same template in both.
 """
 
 from __future__ import annotations
@@ -38,25 +38,38 @@ RAC_SYSTEM = (  # appendix A.1, word for word ("Your will" included)
 
 
 # ---------------------------------------------------------------------------------------------- prompt templates
-def chat(tokenizer, user: str, system: str = "") -> str:
-    """One user turn, ready for the answer: through the tokenizer's own chat template, else in the Zephyr form of A.1.
+Turns = list[dict[str, str]]  # of a dialogue: {"role": …, "content": …}
+
+
+def as_turns(prompt: str | Turns) -> Turns:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def chat(tokenizer, prompt: str | Turns, system: str = "") -> str:
+    """A question, or a dialogue that ends with one, ready for the answer: through the tokenizer's own chat template,
+    else in the Zephyr form of A.1. `system` follows the dialogue's own system text.
 
     >>> chat(tokenizer_without_template, "Why?")
     '<|system|>\\n</s>\\n<|user|>\\nWhy?</s>\\n<|assistant|>\\n'
     """
+    turns = as_turns(prompt)
+    if turns[0]["role"] == "system":
+        system = f"{turns[0]['content']}\n\n{system}" if system else turns[0]["content"]
+        turns = turns[1:]
+    whole = [{"role": "system", "content": system}, *turns]
     if not tokenizer.chat_template:
-        eos = tokenizer.eos_token
-        return f"<|system|>\n{system}{eos}\n<|user|>\n{user}{eos}\n<|assistant|>\n"
+        text = "".join(f"<|{turn['role']}|>\n{turn['content']}{tokenizer.eos_token}\n" for turn in whole)
+        return f"{text}<|assistant|>\n"
 
-    def render(messages: list[dict]) -> str:
+    def render(messages: Turns) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     try:
-        return render([{"role": "system", "content": system}, {"role": "user", "content": user}])
+        return render(whole)
     except Exception as error:  # jinja2's TemplateError: some templates (Gemma, Mistral-Instruct) know no system turn
         if type(error).__module__.split(".")[0] != "jinja2":
             raise
-        return render([{"role": "user", "content": f"{system}\n\n{user}".strip()}])
+        return render([*as_turns(f"{system}\n\n{turns[0]['content']}".strip()), *turns[1:]])
 
 
 def tldr_x(row: dict, tokenizer, limit: int) -> str:
@@ -82,9 +95,10 @@ def tldr_f(row: dict, tokenizer, limit: int) -> str:
 
 
 def qa_f(row: dict, tokenizer, limit: int) -> str:
-    """f(x, y) of A.1 for general and math QA."""
-    user = f"{row['prompt']}\nAnswer this question based on the following reference response: {row['response']}"
-    return chat(tokenizer, user, RAC_SYSTEM)
+    """f(x, y) of A.1 for general and math QA. Of a dialogue, the last user turn is the question."""
+    *before, last = as_turns(row["prompt"])
+    user = f"{last['content']}\nAnswer this question based on the following reference response: {row['response']}"
+    return chat(tokenizer, [*before, *as_turns(user)], RAC_SYSTEM)
 
 
 TOY_F = "reference : {y} question : {x}"
@@ -179,7 +193,8 @@ def load_rows(
     limit: int = 0,
     need_response: bool = True,
 ) -> list[dict]:
-    """Rows with at least `prompt` and `response` (strings) and `id` (the row's index in the source).
+    """A dict for each example, with at least `prompt` (text or a dialogue), `response`, `row` (its index in the source)
+    and `id` (its own index: the same, unless a row gives several examples, see `pairs`).
 
     path: a local file, another hub set, or None for the task's own hub set. split: "train" or "test" (hub sets only).
     columns: e.g. "prompt=instruction+input,response=output" for files with other names; a + joins with a blank line.
@@ -195,7 +210,8 @@ def load_rows(
     for i in range(min(len(rows), limit or len(rows))):
         row, where = rows[i], f"{source}, row {i}"
         others = {name: value for name, value in row.items() if name not in used}
-        found.append({**others, **one_row(row, wanted, where, need_response), "id": i})
+        for pair in pairs(task, row, wanted, where, need_response):
+            found.append({**others, **pair, "id": len(found), "row": i})
     return found
 
 
@@ -234,6 +250,48 @@ def named(columns: str, **wanted: str) -> dict[str, str]:
     return wanted
 
 
+def pairs(task: str, row: dict, wanted: dict[str, str], where: str, need_response: bool) -> list[dict]:
+    """`prompt` and `response` of a row: once, unless both are the same column and hold a dialogue.
+
+    Then each assistant turn answers the turns before it: [user Why?, assistant So., user And?, assistant No.] gives So.
+    to [Why?], and No. to [Why?, So., And?]. (Where none is needed, and a user turn is last, that is what to answer.)
+    """
+    name, other = wanted["prompt"], wanted["response"]
+    if not isinstance(row.get(name), list):
+        return [one_row(row, wanted, where, need_response)]
+    if task != "ultrachat":
+        raise ValueError(f"{where}: column {name!r} is list, not text; --task ultrachat takes a list of messages")
+    turns = dialogue(row[name], f"{where}, {name}")
+    asks = bool(turns) and turns[-1]["role"] == "user"
+    if name == other and (need_response or not asks):
+        answers = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if not answers:
+            raise ValueError(f"{where}: column {name!r} has no assistant turn; remove the row")
+        return [{"prompt": turns[:k], "response": turns[k]["content"]} for k in answers]
+    if not asks:
+        raise ValueError(f"{where}: column {name!r} must end with a user turn, as it is the prompt")
+    if name == other:
+        return [{"prompt": turns, "response": ""}]
+    if len(turns) > 2 and isinstance(row.get(other), list):  # its first answer is to another question
+        raise ValueError(f"{where}: column {other!r} is list, not text, and the prompt has several turns (--columns)")
+    return [{"prompt": turns} | one_row(row, {"response": other}, where, need_response)]
+
+
+def dialogue(messages: list, where: str) -> Turns:
+    """A list of messages, checked: a system turn (an empty one is none), then user and assistant by turns."""
+    turns: Turns = []
+    for k, message in enumerate(messages):
+        at = f"{where}[{k}]"
+        if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
+            raise ValueError(f"{at}: must be a message (role, content)")
+        role, due = message["role"], "assistant" if turns and turns[-1]["role"] == "user" else "user"
+        if role != due and (role != "system" or turns):
+            raise ValueError(f"{at}: the role is {role!r}, but it is the {due}'s turn")
+        if role != "system" or message["content"]:
+            turns.append({"role": role, **one_row(message, {"content": "content"}, at)})
+    return turns
+
+
 def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool = True) -> dict[str, str]:
     """`prompt` and `response` of a row, checked. `where` names the row in errors."""
     texts = {}
@@ -246,7 +304,7 @@ def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool =
                 there = ", ".join(row) or "none"
                 raise ValueError(f"{where}: no column {name!r} for the {key}; there are {there} (--columns)")
             value = row[name]
-            if name == "messages" and isinstance(value, list):  # a dialogue: the first answer
+            if (key, name) == ("response", "messages") and isinstance(value, list):  # a dialogue: the first answer
                 turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "assistant"]
                 value = turns[0].get("content") if turns else ""
             if not isinstance(value, str):
@@ -315,9 +373,9 @@ def examples(
         if max_reference:
             example["f"] = tokenize(tokenizer, spec.f(row, tokenizer, max_prompt))
         if len(x) > max_prompt:
-            long_x.append(row["id"])
+            long_x.append(row["row"])
         elif max_reference and len(example["f"]) > max_reference:
-            long_f.append(row["id"])
+            long_f.append(row["row"])
         else:
             cut += len(y) > max_response
             kept.append({"id": row["id"]} | {k: np.asarray(v, np.int32) for k, v in example.items() if k != "id"})

@@ -357,8 +357,7 @@ def run(args: argparse.Namespace) -> None:
     examples, notes = data.load(args, tokenizer, args.split)
     for note in notes:
         ddp.print0(note)
-    rows = data.load_rows(args.task, args.data, args.split, args.columns)
-    rows = rows[: args.limit] if args.limit else rows
+    rows = data.load_rows(args.task, args.data, args.split, args.columns, args.limit)
     references = {row["id"]: row["response"] for row in rows}
     if args.task in CHECKS:
         silent = [i for i in examples["id"] if CHECKS[args.task][0](references[i]) is None]
@@ -408,6 +407,8 @@ def alpaca(args: argparse.Namespace) -> None:
     tokenizer = ddp.load_tokenizer(args.model)
     examples, notes = data.load(args, tokenizer, args.split, need_response=False)
     rows = data.load_rows(args.task, args.data, args.split, args.columns, args.limit, need_response=False)
+    if not all(isinstance(row["prompt"], str) for row in rows):
+        raise ValueError(f"--data {args.data}: column {args.instruction!r} is list, not text; alpaca_eval has one turn")
     for note in notes:
         ddp.print0(note)
     if len(examples) < len(rows):

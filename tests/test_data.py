@@ -85,6 +85,67 @@ def test_the_tokenizers_own_chat_template_is_used_with_one_bos_and_a_system_turn
     assert data.chat(own, "Why?") == "[user]Why?[assistant]"
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role != ['user', 'assistant'][loop.index0 % 2] %}{{ raise_exception('no system') }}"
+    "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+)
+REFERENCE = "\nAnswer this question based on the following reference response: "
+
+
+def turns(*texts, system=None):
+    """A dialogue of these texts, the user's first."""
+    roles = [] if system is None else [{"role": "system", "content": system}]
+    return roles + [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+
+
+def test_a_dialogue_goes_whole_through_the_tokenizers_own_template():
+    own, ultrachat = byte_tokenizer(eos_token="<|im_end|>"), data.TASKS["ultrachat"]
+    own.chat_template = CHATML
+
+    def render(messages):
+        return own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    row = {"prompt": turns("Why?", "So.", "And?", system="Be brief."), "response": "No."}
+    assert ultrachat.x(row, own, 999) == render(row["prompt"])
+    f = turns("Why?", "So.", f"And?{REFERENCE}No.", system=f"Be brief.\n\n{data.RAC_SYSTEM}")
+    assert ultrachat.f(row, own, 999) == render(f)
+    row = {"prompt": turns("Why?", "So.", "And?"), "response": "No."}
+    assert ultrachat.x(row, own, 999) == render(turns("Why?", "So.", "And?", system=""))  # as for one question
+    f = turns("Why?", "So.", f"And?{REFERENCE}No.", system=data.RAC_SYSTEM)
+    assert ultrachat.f(row, own, 999) == render(f)
+    assert row["prompt"] == turns("Why?", "So.", "And?")  # untouched
+
+
+def test_a_dialogue_without_a_template_and_with_one_that_knows_no_system_turn(bytes_):
+    row = {"prompt": turns("Why?", "So.", "And?", system="Be brief."), "response": "No."}
+    middle = "</s>\n<|user|>\nWhy?</s>\n<|assistant|>\nSo.</s>\n<|user|>\nAnd?"
+    f = f"<|system|>\nBe brief.\n\n{data.RAC_SYSTEM}{middle}{REFERENCE}No.</s>\n<|assistant|>\n"
+    assert data.chat(bytes_, row["prompt"]) == f"<|system|>\nBe brief.{middle}</s>\n<|assistant|>\n"
+    assert data.chat(bytes_, row["prompt"][1:]) == f"<|system|>\n{middle}</s>\n<|assistant|>\n"
+    assert data.qa_f(row, bytes_, 999) == f
+    own = byte_tokenizer(eos_token="</s>")
+    own.chat_template = NO_SYSTEM
+    rest = "Why?[assistant]So.[user]And?"
+    assert data.chat(own, row["prompt"]) == f"[user]Be brief.\n\n{rest}[assistant]"
+    assert data.chat(own, row["prompt"][1:]) == f"[user]{rest}[assistant]"
+    system = f"Be brief.\n\n{data.RAC_SYSTEM}"
+    assert data.qa_f(row, own, 999) == f"[user]{system}\n\n{rest}{REFERENCE}No.[assistant]"
+
+
+@pytest.mark.parametrize("template", [None, CHATML, NO_SYSTEM])
+def test_a_dialogue_of_one_turn_is_that_question(template):
+    own = byte_tokenizer(eos_token="</s>")
+    own.chat_template = template
+    for system in ("", "Be brief."):
+        assert data.chat(own, turns("Why?"), system) == data.chat(own, "Why?", system)
+    assert data.chat(own, turns("Why?", system="Be brief.")) == data.chat(own, "Why?", "Be brief.")
+    assert data.qa_f(QA | {"prompt": turns("Why?")}, own, 999) == data.qa_f(QA, own, 999)
+
+
 def test_bos_is_added_once_where_the_tokenizer_adds_it():
     from tokenizers.processors import TemplateProcessing
 
@@ -150,6 +211,54 @@ def test_a_dialogue_gives_its_first_answer(tmp_path):
     turns = [{"role": role, "content": text} for role, text in zip(roles, "qarb")]
     path = write(tmp_path / "d.jsonl", [{"prompt": "q", "messages": turns}])
     assert data.load_rows("ultrachat", path)[0]["response"] == "a"
+
+
+BOTH = "prompt=messages,response=messages"
+
+
+def test_each_assistant_turn_is_an_example(bytes_, tmp_path):
+    dialogues = [turns(*"qarb", system="s"), turns(*"hi"), turns(*"uvwxy", system="")]  # "" is none; y has no answer
+    path = write(tmp_path / "d.jsonl", [{"messages": dialogue, "source": "web"} for dialogue in dialogues])
+    rows = data.load_rows("ultrachat", path, columns=BOTH)
+    expected = [(turns("q", system="s"), "a", 0), (turns(*"qar", system="s"), "b", 0), (turns("h"), "i", 1)]
+    expected += [(turns("u"), "v", 2), (turns(*"uvw"), "x", 2)]
+    assert [(row["prompt"], row["response"], row["row"]) for row in rows] == expected
+    assert [row["id"] for row in rows] == [0, 1, 2, 3, 4] and {row["source"] for row in rows} == {"web"}
+    assert data.load_rows("ultrachat", path, columns=BOTH, limit=2) == rows[:3]  # rows of the file
+    found, notes = data.examples("ultrachat", bytes_, data=path, columns=BOTH, max_reference=999)
+    assert list(found["id"]) == [0, 1, 2, 3, 4] and notes == [f"5 examples of task ultrachat from {path}"]
+    for example, row in zip(found, rows, strict=True):
+        assert bytes_.decode(example["x"]) == data.chat(bytes_, row["prompt"])
+        assert bytes_.decode(example["y"]) == row["response"] + "</s>"
+        assert bytes_.decode(example["f"]) == data.qa_f(row, bytes_, 999)
+
+
+def test_a_long_dialogue_is_left_out_from_the_turn_at_which_it_is_too_long(bytes_, tmp_path):
+    dialogues = [turns(*"hi"), turns("q", "a", "r" * 99, "b", "t", "c"), turns(*"hi")]
+    path = write(tmp_path / "d.jsonl", [{"messages": dialogue} for dialogue in dialogues])
+    found, notes = data.examples("ultrachat", bytes_, data=path, columns=BOTH, max_prompt=90)
+    assert list(found["id"]) == [0, 1, 4]
+    assert notes[1:] == ["2 rows left out: x over 90 tokens (--max-prompt), first: row 1"]
+
+
+def test_a_prompt_may_be_a_dialogue(bytes_, tmp_path):
+    import datasets
+
+    rows = [{"prompt": turns(*"qar", system="s"), "response": "b"}, {"prompt": turns("h"), "response": "i"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    for path in (write(tmp_path / "d.jsonl", rows), str(tmp_path / "d.parquet")):
+        found = data.load_rows("ultrachat", path, columns="response=response")
+        assert found == [row | {"id": i, "row": i} for i, row in enumerate(rows)]
+        found = data.load_rows("ultrachat", path, columns="response=answer", need_response=False)
+        assert [(row["prompt"], row["response"]) for row in found] == [(row["prompt"], "") for row in rows]
+    path = write(tmp_path / "first.jsonl", [{"prompt": turns("q", system="s"), "messages": turns(*"qarb")}])
+    assert data.load_rows("ultrachat", path)[0]["response"] == "a"
+
+
+def test_without_responses_a_last_user_turn_is_what_to_answer(tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"messages": turns(*"qar")}, {"messages": turns(*"hi")}])
+    found = data.load_rows("ultrachat", path, columns="prompt=messages", need_response=False)
+    assert [(row["prompt"], row["response"]) for row in found] == [(turns(*"qar"), ""), (turns("h"), "i")]
 
 
 def test_the_response_is_not_read_into_the_prompt_by_another_way(bytes_, tmp_path):

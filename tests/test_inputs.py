@@ -72,9 +72,16 @@ def data(message: str, content: str | bytes, name: str = "d.jsonl", flags: str =
     return command, f"--data {name} {flags}", message, file(name, content)
 
 
-def messages(message: str, value: object) -> tuple:
+def messages(message: str, value: object, columns: str = "response=messages", **kw: str) -> tuple:
     """The case of a dialogue."""
-    return data(message, json.dumps({"prompt": "3", "messages": value}), flags="--columns response=messages")
+    row = {"prompt": "3", "messages": value, "response": "4"}
+    return data(message, json.dumps(row), flags=f"--columns {columns} {kw.pop('flags', '')}", **kw)
+
+
+def said(*roles: str, **last: object) -> list[dict]:
+    """A dialogue of these roles. `last` changes the last turn."""
+    turns = [{"role": role, "content": "3"} for role in roles]
+    return [*turns[:-1], turns[-1] | last]
 
 
 def parquet(**columns: list) -> Callable[[], object]:
@@ -139,6 +146,7 @@ def evaluated(flags: str) -> Callable[[], object]:
     return steps(file("e/args.json", flags), file("e/results.json", ""))
 
 
+BOTH = "prompt=messages,response=messages"
 LEAST_0, LEAST_1 = "is not a whole number of at least 0", "is not a whole number of at least 1"
 CASES = [
     # flags; "only" leaves out the good ones
@@ -243,6 +251,38 @@ CASES = [
     messages("row 0: column 'messages' is int, not text", [{"role": "assistant", "content": 4}]),
     messages("row 0: column 'messages' is NoneType, not text", [{"role": "assistant"}]),
     messages("row 0: column 'messages' is dict, not text", {"role": "assistant", "content": "4"}),
+    # dialogues as the prompt
+    messages("d.jsonl, row 0: column 'messages' has no assistant turn; remove the row", said("user"), BOTH),
+    messages("row 0: column 'messages' has no assistant turn", [], BOTH),
+    messages("row 0, messages[1]: must be a message (role, content)", [*said("user"), "4"], BOTH),
+    messages("row 0, messages[1]: must be a message (role, content)", [*said("user"), {"role": "assistant"}], BOTH),
+    messages("row 0, messages[0]: must be a message (role, content)", [None], "prompt=messages,response=response"),
+    messages("row 0, messages[0]: the role is 'assistant', but it is the user's turn", said("assistant"), BOTH),
+    messages("row 0, messages[1]: the role is 'user', but it is the assistant's turn", said("user", "user"), BOTH),
+    messages("row 0, messages[2]: the role is 'system', but", said("user", "assistant", "system"), BOTH),
+    messages("row 0, messages[1]: the role is 'system', but", said("system", "system", content=""), BOTH),
+    messages("row 0, messages[1]: the role is 'tool\\n', but", said("user", "tool\n"), BOTH),
+    messages("row 0, messages[1]: the role is None, but", said("user", "user", role=None), BOTH),
+    messages("row 0, messages[1]: empty content", said("user", "assistant", content=" \n"), BOTH),
+    messages("row 0, messages[0]: empty content", said("system", content=" "), BOTH),
+    messages("row 0, messages[1]: column 'content' is NoneType", said("user", "assistant", content=None), BOTH),
+    messages("row 0, messages[0]: column 'content' is list, not text", said("user", content=["3"]), BOTH),
+    messages("row 0, messages[0]: column 'content' is not text at character 0", said("user", content="\udfff"), BOTH),
+    messages("must end with a user turn", said("user", "assistant"), "prompt=messages,response=response"),
+    messages("row 0: column 'messages' must end with a user turn", [], "prompt=messages,response=response"),
+    messages("row 0: column 'messages' has no assistant turn", [], "prompt=messages", command="generate"),
+    messages("row 0: no column 'answer' for the response", said("user"), "prompt=messages,response=answer"),
+    messages("column 'messages' is list, not text", said("assistant"), "prompt=prompt+messages,response=response"),
+    messages("is list, not text; --task ultrachat takes a list", said("user", "assistant"), BOTH, flags="--task gsm8k"),
+    messages("is list, not text; --task ultrachat takes a list", said("user"), BOTH, flags="--task tldr"),
+    data("row 1: column 'prompt' is list, not text; --task", rows({"prompt": said("user")}), flags="--task toy"),
+    data("row 1, prompt[1]: the role is 'user'", rows({"prompt": said("user", "user")})),
+    data("column 'prompt' must end with a user turn", rows({"prompt": said("user", "assistant")}), command="generate"),
+    data(
+        "row 0: column 'messages' is list, not text, and the prompt has several turns (--columns)",
+        json.dumps({"prompt": said("user", "assistant", "user"), "messages": said("user", "assistant")}),
+        flags="--columns response=messages",
+    ),
     # --model
     ("sft", "--model missing", "--model missing: no tokenizer could be loaded"),
     ("sft", "--model ./missing", "--model ./missing: no such folder"),
@@ -449,6 +489,16 @@ WORKS = {
     "more columns in some rows": file("train.jsonl", rows({"source": 3}, {"meta": {"a": [None]}})),
     "a tokenizer without pad": lambda: tiny.word_tokenizer(pad=None).save_pretrained("model"),
 }
+
+
+def test_generate_answers_a_dialogue(base, tmp_path, monkeypatch):
+    row = {"messages": said("system", "user", "assistant", "user", content="5")}
+    prepare = file("train.jsonl", json.dumps(row))
+    run(base, tmp_path, monkeypatch, "generate", "--columns prompt=messages --max-response 3", prepare)
+    made = json.loads((tmp_path / "out" / "z.jsonl").read_text())
+    tokenizer = tiny.word_tokenizer()
+    assert made["prompt"] == tokenizer.decode(tokenizer(rac.data.chat(tokenizer, row["messages"]))["input_ids"])
+    assert made["id"] == 0 and made["reference"] == "" and len(made["responses"]) == 1
 
 
 @pytest.mark.parametrize("name", WORKS)
