@@ -3,6 +3,7 @@
     python toy.py base   --out out/base [--seed 0]             # trains the base model: an ordinary Hugging Face folder
     python toy.py data   --out out/data [--train 500]          # train.jsonl, valid.jsonl, test.jsonl: prompt, response
     python toy.py oracle --pairs out/D_r --out out/D_r_oracle  # the same D_r with the right labels: the control row
+    python toy.py preferences --pairs out/D_r --out out/preferences  # pairs.jsonl for dpo.py: y is preferred to z
     python toy.py bytes  --out out/tiny --text train.jsonl     # a random small model + byte-level BPE, for real text
 
 The task is to keep count over three or four steps. One word is one token, and so is one integer 0..40.
@@ -75,11 +76,11 @@ def problem(rng: random.Random, operands=(2, 15), n_steps=(3, 4), arbitrary=Fals
     return " ".join(x + [f"how many {thing} does {name} have ?"]).split(), " ".join(y + [f"#### {state}"]).split()
 
 
-def problems(n: int, seed: int | str, operands=(2, 15), n_steps=(3, 4), exclude=()) -> list[dict]:
+def problems(n: int, seed: int | str, operands=(2, 15), n_steps=(3, 4), exclude=(), arbitrary=False) -> list[dict]:
     """n different problems as {"prompt": x, "response": y}, none of whose prompts is in `exclude`."""
     rng, rows, seen = random.Random(f"problems {seed}"), [], set(exclude)
     while len(rows) < n:
-        x, y = (" ".join(words) for words in problem(rng, operands, n_steps))
+        x, y = (" ".join(words) for words in problem(rng, operands, n_steps, arbitrary))
         if x not in seen:
             rows.append({"prompt": x, "response": y})
             seen.add(x)
@@ -206,6 +207,13 @@ def label_quality(y_rows: list, z_rows: list, z_bar_rows: list) -> dict:
 def oracle(rows):
     """D_r (columns x, y, z, z_bar of token ids, and any others) with the right labels in place of z_bar."""
     return rows.map(lambda row: {"z_bar": oracle_labels(row["y"], row["z"])}, load_from_cache_file=False)
+
+
+def preferences(rows) -> list[dict]:
+    """Rows for dpo.py from a D_r: the reference y is preferred to the model's own z, where the two differ."""
+    words = (tuple(" ".join(to_words(row[name])) for name in ("x", "y", "z")) for row in rows)
+    pairs = ((x, *(side.removesuffix("<eos>").strip() for side in (y, z))) for x, y, z in words)
+    return [{"prompt": x, "chosen": y, "rejected": z} for x, y, z in pairs if z and y != z]
 
 
 # ---- recovery from an injected error ----
@@ -369,21 +377,23 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    names = ("base", "data", "oracle", "bytes")
-    base, data, pairs, text = (commands.add_parser(name, allow_abbrev=False) for name in names)
-    for command in (base, data, pairs, text):
+    names = ("base", "data", "oracle", "preferences", "bytes")
+    base, data, pairs, preferred, text = (commands.add_parser(name, allow_abbrev=False) for name in names)
+    for command in (base, data, pairs, preferred, text):
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--seed", type=ddp.number(0, 2**63 - 1, int), default=0)
     base.add_argument("--steps", type=ddp.number(1, kind=int), default=900, help="three minutes on one idle core")
+    for command, width in ((base, 96), (text, 128)):
+        command.add_argument("--layers", type=ddp.number(1, kind=int), default=4)
+        command.add_argument("--width", type=ddp.number(16, kind=int), default=width)
     for split, n in (("train", 500), ("valid", 300), ("test", 400)):
         data.add_argument(f"--{split}", type=ddp.number(1, kind=int), default=n)
-    pairs.add_argument("--pairs", required=True, help="a `datasets` folder with columns x, y, z, z_bar")
+    for command in (pairs, preferred):
+        command.add_argument("--pairs", required=True, help="a `datasets` folder with columns x, y, z, z_bar")
     text.add_argument("--text", nargs="+", required=True, help=".jsonl files")
     text.add_argument("--vocab", type=ddp.number(257, kind=int), default=2048, help="the bytes, <eos>, and merges")
-    text.add_argument("--layers", type=ddp.number(1, kind=int), default=4)
-    text.add_argument("--width", type=ddp.number(16, kind=int), default=128)
     args = parser.parse_args()
-    if args.command == "bytes" and args.width % 16:
+    if args.command in ("base", "bytes") and args.width % 16:
         raise ValueError(f"--width {args.width}: must be a multiple of 16 (four heads of an even number of pairs)")
 
     if args.out.exists():
@@ -392,16 +402,20 @@ def main():
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     torch.manual_seed(args.seed)
-    if args.command == "data":
-        for split, rows in splits(args.train, args.valid, args.test, args.seed).items():
-            (partial / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if args.command in ("data", "preferences"):
+        if args.command == "data":
+            files = splits(args.train, args.valid, args.test, args.seed)
+        else:
+            files = {"pairs": preferences(ddp.read_pairs(args.pairs, ("z", "z_bar"), tokenizer()))}
+        for name, rows in files.items():
+            (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif args.command == "oracle":
         oracle(ddp.read_pairs(args.pairs, ("z", "z_bar"), tokenizer())).save_to_disk(partial)
     else:
         tok = tokenizer() if args.command == "base" else byte_tokenizer(args.text, args.vocab)
         special_ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         if args.command == "base":
-            model = train_base(new_model(len(tok), **special_ids), args.steps, args.seed)
+            model = train_base(new_model(len(tok), args.layers, args.width, **special_ids), args.steps, args.seed)
         else:
             model = new_model(len(tok), args.layers, args.width, 2048, **special_ids)
         model.save_pretrained(partial)

@@ -148,6 +148,24 @@ def test_oracle_command(tmp_path):
     assert row == {"id": 7, "x": ids[:4], "y": ids, "z": z, "z_bar": toy.oracle_labels(ids, z)}
 
 
+def test_preferences_command(tmp_path):
+    ids, x = [toy.IDS[word] for word in Y], [toy.IDS[word] for word in Y[:4]]
+    z = [toy.IDS[word] for word in with_words(Y, _12="39")]
+    rows = {"id": [7, 8, 9], "x": [x] * 3, "y": [ids] * 3, "z": [z, ids, z[:9]], "z_bar": [z, ids, z[:9]]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "in")
+    run("preferences", "--pairs", tmp_path / "in", "--out", tmp_path / "out")
+    found = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
+    prompt, chosen = " ".join(Y[:4]), " ".join(Y).removesuffix(" <eos>")
+    wrong = " ".join(with_words(Y, _12="39")).removesuffix(" <eos>")
+    assert (
+        found
+        == [  # the row whose z is y is left out
+            {"prompt": prompt, "chosen": chosen, "rejected": wrong},
+            {"prompt": prompt, "chosen": chosen, "rejected": " ".join(wrong.split()[:9])},
+        ]
+    )
+
+
 def test_bytes_command(tmp_path):
     rows = [{"source": ["a café costs", "ten euros"], "target": "so much", "n": 1}] * 30
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
