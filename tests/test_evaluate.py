@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -20,6 +19,7 @@ import evaluate
 import sft
 import tiny
 import toy
+from test_training import launch
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
@@ -667,14 +667,8 @@ def test_eval_every_on_two_ranks(folder, tmp_path, monkeypatch):
     """The rows are divided over the ranks, even where there are fewer rows than ranks: the numbers are those of one."""
     watched = ["--eval-every", "4", "--eval-data", f"{folder}/test.jsonl", "--eval-rows", "1"]
     (one,) = (row for row in train(sft, folder, tmp_path / "one", monkeypatch, *watched) if "held_nll" in row)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "sft.py"]
     flags = f"--model {folder}/model --data {folder}/test.jsonl --out {tmp_path}/two {TRAIN}".split()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*command, *flags, *watched], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch("sft.py", *flags, *watched, ranks=2, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     two = json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[-1])
     for name in ("held_nll", "held_gap", "held_accuracy"):
         assert two[name] == pytest.approx(one[name], abs=1e-4)

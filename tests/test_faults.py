@@ -18,7 +18,7 @@ from datasets import load_from_disk
 
 import ddp_utils as ddp
 import tiny
-from test_training import FLAGS, HERE, free_port, largest_difference, launch, log, world
+from test_training import FLAGS, HERE, free_port, largest_difference, launch, log, runner, world
 
 __all__ = ["world"]  # pytest finds fixtures by name
 
@@ -31,11 +31,8 @@ def command(world, out, *flags, stage="sft", arch="llama"):
 
 def start(words, ranks=0, **kw):
     """The same as `launch`, but it goes on in the background."""
-    runner = [sys.executable]
-    if ranks:
-        runner += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*runner, *words], cwd=HERE.parent, **pipes, **kw)
+    return subprocess.Popen([*runner(ranks), *words], cwd=HERE.parent, **pipes, **kw)
 
 
 def wait_until(condition, process, seconds=120):

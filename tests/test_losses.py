@@ -64,6 +64,22 @@ def test_rac_gradient_is_zero_exactly_where_labels_agree(case):
     assert torch.equal(logits.grad.abs().sum(-1) > 0, mask & (z != z_bar))
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_the_mask_of_eq_7_makes_of_the_target(masked):
+    """Where z ~ p and the labels are spread as q given the same prefix, Eq. 6 has its minimum at q, Eq. 7 at the
+    normalised q (1 - p): of a model with p = q, and two possible tokens, that makes 1/2 and 1/2."""
+    for q in ([7, 2, 1], [9, 1, 0]):  # in tenths; p = q
+        seen = [(z, c) for z in range(3) for c in range(3) for _ in range(q[z] * q[c])]
+        z, z_bar = torch.tensor(seen).T[:, :, None]  # [100, 1]
+        target = torch.tensor(q).double() / 10
+        target = target * (1 - target) if masked else target
+        logits = (target / target.sum()).clamp(min=1e-30).log().requires_grad_()
+        loss, n = rac_loss(logits.expand(100, 1, 3), z, z_bar, torch.ones(100, 1), masked)
+        (grad,) = torch.autograd.grad(loss / n, logits)
+        assert grad.abs().max() < 1e-7
+    assert not masked or logits.softmax(0).tolist() == pytest.approx([0.5, 0.5, 0])
+
+
 @pytest.mark.parametrize("mask_type", [torch.bool, torch.long, torch.float32])
 def test_mask_of_any_type(case, mask_type):
     logits, y, z, z_bar, mask = case

@@ -22,13 +22,16 @@ STAGES = ("sft", "scs", "bash", "rac")
 FLAGS = ["--task", "toy", "--lr", "1e-3", "--clip", "0.5", "--max-prompt", "40", "--max-response", "24"]
 
 
+def runner(ranks=0):
+    """The words before a script's name: torchrun's where ranks > 0."""
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    return [sys.executable, *(words if ranks else [])]
+
+
 def launch(*command, ranks=0, check=True, **env):
     """Runs a script of the repository, under torchrun where ranks > 0."""
-    runner = [sys.executable]
-    if ranks:
-        runner += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
     done = subprocess.run(
-        [*runner, *map(str, command)], cwd=HERE.parent, capture_output=True, text=True, env={**os.environ, **env}
+        [*runner(ranks), *map(str, command)], cwd=HERE.parent, capture_output=True, text=True, env={**os.environ, **env}
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
@@ -219,11 +222,8 @@ def test_an_interrupted_run_ends_in_the_same_weights(world, tmp_path, ranks):
     command = ["bash.py", "--model", world / "llama", "--data", world / "train.jsonl", *FLAGS, "--batch-size", 4]
     command += ["--iterations", 2, "--epochs", 15, "--checkpoint-every", 13, "--sft-epochs", 1]
     launch(*command, "--out", tmp_path / "whole", ranks=ranks)
-    runner = [sys.executable]
-    if ranks:
-        runner += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
     out = tmp_path / "cut"
-    command_line = [*runner, *map(str, command), "--out", str(out)]
+    command_line = [*runner(ranks), *map(str, command), "--out", str(out)]
     process = subprocess.Popen(command_line, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (out / "D_s_2").exists():
         time.sleep(0.02)
