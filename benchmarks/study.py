@@ -1,0 +1,572 @@
+"""When do BASH and RAC pay? The grid of runs on the toy task that STUDY.md stands on.
+
+    OMP_NUM_THREADS=1 python benchmarks/study.py run                   # hours on two cores; called again, it goes on
+    OMP_NUM_THREADS=1 python benchmarks/study.py run --only labels     # one factor (see FACTORS); --seeds 1 2: fewer
+    python benchmarks/study.py report                                  # results/study/: tables and plots of the rows
+
+A run is a cell of the grid with a seed: a start (a training set, a base model, SFT) and a second stage, by the scripts
+of this repository with the flags that the row shows, then evaluate.py on 300 test problems (greedy; one draw at
+temperature 1; recovery; losses). Cells that settings are chosen from are also measured on 150 validation problems.
+Odd seeds start from one base model, even ones from another. Each row of results/study/rows.jsonl is one run.
+
+To save the seconds that importing torch takes, a stage is forked from this process, which has imported it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+from datasets import Dataset, load_from_disk  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import data  # noqa: E402
+import ddp_utils as ddp  # noqa: E402
+import evaluate  # noqa: E402, F401, for the forked processes
+import generate  # noqa: E402, F401
+import rac  # noqa: E402
+import show  # noqa: E402
+import toy  # noqa: E402
+
+ROWS = ROOT / "results" / "study" / "rows.jsonl"
+TEST, VALID = 300, 150
+BATCH = "--batch-size 16 --micro-batch-size 16 --warmup 0.1"
+
+
+# ---------------------------------------------------------------------------------------------- the grid
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What the second stage starts from: `problems` of a kind, so many steps of SFT of a base model of this width.
+
+    problems  twice      the toy task: after a wrong result the second sum can be put right from the context
+              once       each sum is written once: to put it right takes the whole chain again, from the question
+              arbitrary  written twice, results at random: a first result cannot be known, the second copies it
+              easy       twice, with operands that the base has learnt: errors are slips of sampling
+    replay    SFT keeps documents that read a reference, one for each two problems
+    """
+
+    problems: str = "twice"
+    n: int = 500
+    sft_steps: int = 160
+    width: int = 96
+    replay: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One setting. labels: of D_r, see `make_pairs` ("": the stage makes its own); temperature: of the draw of z."""
+
+    method: str
+    stage: str = ""
+    flags: str = ""
+    labels: str = ""
+    temperature: float = 1.0
+    lr: float = 1e-3
+    steps: int = 96
+    start: Start = Start()
+
+    @property
+    def key(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @property
+    def name(self) -> str:
+        extra = [f"lr{self.lr:g}"] * (self.lr != 1e-3) + [f"steps{self.steps}"] * (self.steps != 96)
+        return "-".join([self.method, *extra])
+
+
+def cells(start: Start = Start(), methods: str = "sft sft-more scs bash rac oracle", **settings: object) -> list[Cell]:
+    """The plain methods from one start. oracle is RAC with the right labels."""
+    known = {
+        "sft": Cell("sft", steps=0),
+        "sft-more": Cell("sft-more", "sft"),
+        "sft-compute": Cell("sft-compute", "sft", steps=2 * 96 + 32),  # a joint step is two; drawing z, about one epoch
+        "scs": Cell("scs", "scs"),
+        "bash": Cell("bash", "bash"),
+        "rac": Cell("rac", "rac", labels="current"),
+        "oracle": Cell("oracle", "rac", labels="oracle"),
+    }
+    return [dataclasses.replace(known[name], start=start, **settings) for name in methods.split()]
+
+
+SFT_MORE = cells(methods="sft-more")[0]
+PLAIN = "sft-more bash rac oracle"
+FACTORS = {  # in the order in which they run
+    "methods": cells(methods="sft sft-more sft-compute scs bash rac oracle"),
+    "labels": [Cell(f"added-{p:g}", "rac", labels=f"added-{p:g}") for p in (0.95, 0.8, 0.6)]
+    + [Cell("base", "rac", labels="base")]
+    + cells(Start(replay=True), "sft sft-more rac"),
+    "kept": [
+        Cell("unmasked", "rac", "--unmasked", "current"),
+        Cell("oracle-unmasked", "rac", "--unmasked", "oracle"),
+        Cell("first", "rac", "--first-correction-only", "current"),
+        Cell("oracle-first", "rac", "--first-correction-only", "oracle"),
+        Cell("oracle-results", "rac", labels="results"),
+        Cell("results", "rac", labels="current-results"),
+        *[Cell(f"oracle-plausible-{p:g}", "rac", labels=f"oracle-plausible-{p:g}") for p in (0.1, 0.01, 0.001)],
+        *[Cell(f"plausible-{p:g}", "rac", labels=f"plausible-{p:g}") for p in (0.1, 0.01, 0.001)],
+        Cell("sure-0.9", "rac", labels="sure-0.9"),
+        Cell("sure-0.9-plausible-0.001", "rac", labels="sure-0.9-plausible-0.001"),
+        Cell("base-plausible-0.001", "rac", labels="base-plausible-0.001"),
+        Cell("plausible-0.001", "rac", labels="plausible-0.001", start=Start(replay=True)),
+    ],
+    "problems": [cell for kind in ("easy", "once", "arbitrary") for cell in cells(Start(kind), "sft " + PLAIN)],
+    "data": [cell for n in (125, 2000) for cell in cells(Start(n=n), "sft " + PLAIN)],
+    "saturation": cells(Start(sft_steps=640), "sft " + PLAIN),
+    "beta": [Cell(f"bash-beta{b:g}", "bash", f"--beta {b:g}") for b in (0.5, 1)]
+    + [Cell("bash-T0.5", "bash", "--temperature 0.5"), Cell("oracle-T0", "rac", labels="oracle", temperature=0)],
+    "lr": cells(methods="sft-more bash oracle", lr=3e-4),
+    "weight": [
+        Cell("bash-alone", "bash", "--sft-weight 0"),
+        Cell("oracle-alone", "rac", "--sft-weight 0", "oracle"),
+    ],
+    "length": cells(methods=PLAIN, steps=32),
+    "iterations": [Cell(f"{m}-4", m, "--iterations 4", steps=96 // 4) for m in ("bash", "rac")],
+    "size": cells(Start(width=48), "sft " + PLAIN),
+}
+CHOSEN_FROM = {cell.key for factor in ("methods", "beta", "weight", "length", "lr") for cell in FACTORS[factor]}
+
+
+# ---------------------------------------------------------------------------------------------- one run
+def base_of(out: Path, start: Start, seed: int) -> Path:
+    return out / f"base-{start.width}-{'BA'[seed % 2]}"
+
+
+def home_of(out: Path, start: Start, seed: int) -> Path:
+    parts = [start.problems, f"n{start.n}", f"sft{start.sft_steps}", f"w{start.width}", *["replay"] * start.replay]
+    return out / "-".join(parts) / f"seed-{seed}"
+
+
+def script(words: str, log: Path) -> Callable[[], None]:
+    """A command of this repository, to be called in a process of its own."""
+
+    def call() -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.argv = words.split()
+        sys.argv[0] = str(ROOT / sys.argv[0])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    return call
+
+
+def make_data(folder: Path, start: Start, seed: int) -> None:
+    """train, valid and test, disjoint by prompt; only train depends on the seed."""
+    settings = {"operands": (2, 9) if start.problems == "easy" else (2, 15), "arbitrary": start.problems == "arbitrary"}
+    partial_folder, seen = folder.with_name("data.partial"), set()
+    partial_folder.mkdir(parents=True, exist_ok=True)
+    for split, n, key in (("test", TEST, "test"), ("valid", VALID, "valid"), ("train", start.n, f"train {seed}")):
+        rows = toy.problems(n, key, exclude=seen, **settings)
+        seen |= {row["prompt"] for row in rows}
+        if start.problems == "once":
+            rows = [row | {"response": re.sub(r" , again [^.]*(?= \.)", "", row["response"])} for row in rows]
+        (partial_folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    partial_folder.rename(folder)
+
+
+def ids_of(text: str) -> list[int]:
+    return [toy.IDS[word] for word in text.split()]
+
+
+def make_replay(folder: Path, train: Path, seed: int) -> None:
+    """A D_s for bash.py: the training problems as they are, and reference documents (input z, target its labels)."""
+    rows = data.read(str(train))
+    made = [{"x": ids_of(row["prompt"]), "y": ids_of(row["response"] + " <eos>")} for row in rows]
+    made = [row | {"y_hat": row["y"]} for row in made]
+    rng = random.Random(f"replay {seed}")
+    while len(made) < 1.5 * len(rows):
+        tokens, targets = toy.document("reference", 4, rng)
+        first = next(j for j, target in enumerate(targets) if target != -100)  # the last token of f(x, y)
+        if -100 not in targets[first:]:
+            made.append(
+                {"x": tokens[: first + 1], "y": targets[first:], "y_hat": [*tokens[first + 1 :], toy.IDS["<eos>"]]}
+            )
+    Dataset.from_list([{"id": i} | row for i, row in enumerate(made)]).save_to_disk(folder)
+
+
+def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, problems: str) -> None:
+    """A D_r with other labels on the same z. labels: whose, or whose-which, or which (current).
+
+    current    those of the model that drew z: the paper's        base   the base model's, before any fine-tuning
+    oracle     the right ones (for arbitrary problems, y's token at the same place)
+    added-P    the right ones, and random numbers where z is right, at random: of the labels that differ, P are right
+    and of those that differ from z, all, or only (z_bar = z elsewhere):
+    results      the ones after `=` (of the right ones, unless it says current-results)
+    sure-P       where the model that is shown the reference gives them at least P
+    plausible-P  where the model that drew z, not shown the reference, gives them at least P
+    """
+    said = dict(re.findall(r"([a-z]+)-?([0-9.]*)", labels))  # {"oracle": "", "plausible": "0.01"}
+    whose = next((name for name in said if name in ("current", "base", "oracle", "added")), "current")
+    whose = "oracle" if labels == "results" else whose
+    rows, rng = [dict(row) for row in load_from_disk(str(drawn / "D_r_1"))], random.Random(f"labels {seed}")
+    if whose == "base":
+        f = [["reference", ":", *toy.to_words(row["y"])[:-1], "question", ":", *toy.to_words(row["x"])] for row in rows]
+        model = ddp.load_model(str(base), "float32")
+        with ddp.inference(model):
+            found = rac.rac_labels(model, [ids_of(" ".join(words)) for words in f], [row["z"] for row in rows], 64)
+        rows = [row | {"z_bar": z_bar} for row, z_bar in zip(rows, found, strict=True)]
+    elif whose in ("oracle", "added"):
+        for row in rows:
+            same_place = row["y"] if len(row["y"]) == len(row["z"]) else row["z"]
+            row["z_bar"] = same_place if problems == "arbitrary" else toy.oracle_labels(row["y"], row["z"])
+    if whose == "added":
+        numbers = [toy.IDS[word] for word in toy.NUMBERS]
+        right = sum(a != b for row in rows for a, b in zip(row["z"], row["z_bar"]))
+        places = [(row, j) for row in rows for j, z in enumerate(row["z"]) if z in numbers and z == row["z_bar"][j]]
+        p = float(said["added"])
+        for row, j in rng.sample(places, round(right * (1 - p) / p)):
+            row["z_bar"][j] = rng.choice([number for number in numbers if number != row["z"][j]])
+    kept = []  # by each filter
+    if "results" in said:
+        kept.append([[False, *(z == toy.IDS["="] for z in row["z"][:-1])] for row in rows])
+    if "sure" in said:
+        kept.append([[logp[0] >= math.log(float(said["sure"])) for logp in row["top_logp"]] for row in rows])
+    if "plausible" in said:
+        model = ddp.load_model(str(drawn.parent / "sft"), "float32")
+        kept.append(plausible(model, rows, float(said["plausible"])))
+    for i, row in enumerate(rows):
+        for keep in kept:
+            row["z_bar"] = [label if k else z for label, k, z in zip(row["z_bar"], keep[i], row["z"], strict=True)]
+    made = folder.with_name(folder.name + ".partial")
+    Dataset.from_list([{k: row[k] for k in ("id", "x", "y", "z", "z_bar")} for row in rows]).save_to_disk(made)
+    made.rename(folder)
+
+
+@torch.no_grad()
+def plausible(model: torch.nn.Module, rows: list[dict], p: float) -> list[list[bool]]:
+    """For each label: does the model, not shown the reference, give it at least probability p?"""
+    kept = []
+    for i in range(0, len(rows), 64):
+        some = rows[i : i + 64]
+        with ddp.inference(model):
+            logp = data.response_logits(model, data.batch([r["x"] for r in some], [r["z"] for r in some])).log_softmax(
+                -1
+            )
+        for row, own in zip(some, logp):
+            at = own[range(len(row["z"])), row["z_bar"]]
+            kept.append((at >= math.log(p)).tolist())
+    return kept
+
+
+def start_job(out: Path, start: Start, seed: int) -> Iterator[Callable[[], None]]:
+    """Data, SFT, and z of the SFT model with its labels."""
+    home = home_of(out, start, seed)
+    flags = (
+        f"--task toy --data {home}/data/train.jsonl --batch-size 16 --micro-batch-size 16 --warmup 0.1 --seed {seed}"
+    )
+    if not (home / "data").exists():
+        yield partial(make_data, home / "data", start, seed)
+    sft = f"--model {base_of(out, start, seed)} {flags} --lr 7e-4 --max-steps {start.sft_steps} --out {home}/sft"
+    if start.replay:
+        if not (home / "replay").exists():
+            yield partial(make_replay, home / "replay", home / "data" / "train.jsonl", seed)
+        yield script(f"bash.py {sft} --epochs 999 --sft-weight 0 --pairs {home}/replay", home / "log")
+    else:
+        yield script(f"sft.py {sft} --epochs 999", home / "log")
+    made = f"--epochs 0 --labels topk --topk 1 --out {home}/z-1"
+    yield script(f"rac.py --model {home}/sft {flags} {made}", home / "log")
+
+
+def cell_job(out: Path, cell: Cell, seed: int) -> Iterator[Callable[[], None]]:
+    """The second stage and its measurement; the row is left in the cell's folder."""
+    home = home_of(out, cell.start, seed)
+    folder, log = home / cell.name, home / f"{cell.name}.log"
+    flags = (
+        f"--task toy --data {home}/data/train.jsonl --batch-size 16 --micro-batch-size 16 --warmup 0.1 --seed {seed}"
+    )
+    if cell.stage:
+        words = f"{cell.stage}.py --model {home}/sft {flags} --lr {cell.lr} --epochs 999 --max-steps {cell.steps} "
+        words += cell.flags
+        if cell.labels:
+            pairs = home / f"{cell.name}-pairs"
+            drawn = home / f"z-{cell.temperature:g}"
+            if cell.temperature != 1:
+                made = f"--epochs 0 --labels topk --topk 1 --temperature {cell.temperature} --out {drawn}"
+                yield script(f"rac.py --model {home}/sft {flags} {made}", log)
+            if not pairs.exists():
+                base = base_of(out, cell.start, seed)
+                yield partial(make_pairs, pairs, drawn, cell.labels, base, seed, cell.start.problems)
+            words += f" --pairs {pairs}"
+        yield script(f"{words} --out {folder}", log)
+    model = folder if cell.stage else home / "sft"
+    test = f"evaluate.py run --model {model} --task toy --split test --name {cell.name} --seed {seed} --generations 1"
+    yield script(f"{test} --data {home}/data/test.jsonl --temperatures 0,1 --out {folder}/test", log)
+    if cell.key in CHOSEN_FROM:
+        yield script(f"{test} --data {home}/data/valid.jsonl --temperatures 0 --out {folder}/valid", log)
+    yield partial(measure, out, cell, seed, model)
+
+
+def measure(out: Path, cell: Cell, seed: int, model: Path) -> None:
+    """The row of one run, from what its evaluation left."""
+    home = home_of(out, cell.start, seed)
+    folder = home / cell.name
+    metrics = json.loads((folder / "test" / "results.json").read_text())["metrics"]
+    row = {"cell": dataclasses.asdict(cell), "name": cell.name, "seed": seed, "base": "BA"[seed % 2]} | metrics
+    if (folder / "valid" / "results.json").exists():
+        row["valid"] = json.loads((folder / "valid" / "results.json").read_text())["metrics"]["accuracy_t0"]
+    made = folder / "D_r_1.json"
+    row["labels"] = json.loads(made.read_text()) if made.exists() and cell.start.problems != "arbitrary" else None
+    texts = [text.split() for row in load_from_disk(str(folder / "test" / "generations-t0")) for text in row["text"]]
+    repeats = [found for words in texts if (found := copied(words)) is not None]
+    row["copied"] = sum(repeats) / len(repeats) if repeats else None
+    row["nll"] = nll_by_kind(model, data.read(str(home / "data" / "test.jsonl")))
+    ddp.write_json(folder / "row.json", row)
+
+
+def copied(words: list[str]) -> float | None:
+    """Of the sums of an answer that are written twice, the share whose second result repeats the first."""
+    ends = [j for j in range(8, len(words) - 1) if words[j] == "=" and words[j - 4] == "again" and words[j - 7] == "="]
+    return sum(words[j + 1] == words[j - 6] for j in ends) / len(ends) if ends else None
+
+
+def nll_by_kind(model: Path, rows: list[dict]) -> dict[str, float]:
+    """Nats per response given the reference's own prefix, by what the token is: they add up to the whole."""
+    net, totals = ddp.load_model(str(model), "float32"), dict.fromkeys(("first", "again", "number", "word"), 0.0)
+    for i in range(0, len(rows), 64):
+        x = [ids_of(row["prompt"]) for row in rows[i : i + 64]]
+        y = [ids_of(row["response"] + " <eos>") for row in rows[i : i + 64]]
+        with ddp.inference(net), torch.no_grad():
+            logp = data.response_logits(net, data.batch(x, y)).log_softmax(-1)
+        for b, ids in enumerate(y):
+            words = toy.to_words(ids)
+            for j, word in enumerate(words):
+                result = j > 4 and words[j - 1] == "=" and ("again" if words[j - 5] == "again" else "first")
+                kind = result or ("number" if word in toy.NUMBERS else "word")
+                totals[kind] -= float(logp[b, j, ids[j]]) / len(rows)
+    return totals
+
+
+# ---------------------------------------------------------------------------------------------- many runs
+def schedule(jobs: list[tuple[str, Iterator[Callable[[], None]], Callable[[], None]]], at_once: int, title: str) -> int:
+    """Runs the steps of each job in turn, each step in a forked process. Returns how many jobs failed."""
+    waiting, running, failed = list(jobs), {}, 0
+
+    def go_on(name: str, steps: Iterator, then: Callable[[], None]) -> None:
+        step = next(steps, None)
+        if step is None:
+            then()
+            bar.update()
+        elif not (child := os.fork()):
+            code = 1
+            try:
+                step()
+                code = 0
+            except SystemExit as stop:
+                code = int(bool(stop.code))
+            except BaseException as error:  # noqa: BLE001, a child must never go on as its parent
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+        else:
+            running[child] = (name, steps, then)
+
+    with tqdm(total=len(jobs), desc=title) as bar:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                go_on(*waiting.pop(0))
+            if running:
+                child, status = os.wait()
+                name, steps, then = running.pop(child)
+                if status:
+                    bar.write(f"{name} failed", file=sys.stderr)
+                    failed += 1
+                    bar.update()
+                else:
+                    go_on(name, steps, then)
+    return failed
+
+
+def read_rows() -> dict[tuple[str, int], dict]:
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return {(json.dumps(row["cell"], sort_keys=True), row["seed"]): row for row in rows}
+
+
+def run(args: argparse.Namespace) -> None:
+    tqdm.monitor_interval = 0  # no thread in a process that forks
+    out, done = Path(args.out).resolve(), read_rows()
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
+    todo = [(cell, s) for f in args.only for cell in FACTORS[f] for s in args.seeds if (cell.key, s) not in done]
+    todo = list(dict.fromkeys(todo))
+
+    def keep(cell: Cell, seed: int) -> None:
+        row = json.loads((home_of(out, cell.start, seed) / cell.name / "row.json").read_text())
+        with open(ROWS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    widths = dict.fromkeys((cell.start.width, seed % 2) for cell, seed in todo)
+    bases = []
+    for width, odd in widths:
+        folder = base_of(out, Start(width=width), odd)
+        make = script(f"toy.py base --width {width} --seed {1 - odd} --out {folder}", folder.with_suffix(".log"))
+        bases += [] if folder.exists() else [(folder.name, iter([make]), lambda: None)]
+    failed = schedule(bases, args.jobs, "base models") if bases else 0
+    for start in dict.fromkeys(cell.start for cell, _ in todo):
+        mine = [(cell, seed) for cell, seed in todo if cell.start == start]
+        seeds = dict.fromkeys(seed for _, seed in mine)
+        jobs = [(f"start {start}, seed {seed}", start_job(out, start, seed), lambda: None) for seed in seeds]
+        failed += schedule(jobs, args.jobs, f"starts: {start.problems}, n {start.n}")
+        jobs = [(f"{c.name}, seed {s}", cell_job(out, c, s), partial(keep, c, s)) for c, s in mine]
+        failed += schedule(jobs, args.jobs, f"runs: {start.problems}, n {start.n}")
+    if failed:
+        raise ValueError(f"{failed} jobs failed; their logs are in {out}. The same command tries them again")
+
+
+# ---------------------------------------------------------------------------------------------- the report
+METRICS = {  # column: key of a row, factor
+    "Greedy (%)": ("accuracy_t0", 100),
+    "T = 1 (%)": ("accuracy_t1", 100),
+    "Restated (%)": ("recovery_restated", 100),
+    "Final (%)": ("recovery_final", 100),
+    "NLL given y": ("nll_y", 1),
+    "Copied (%)": ("copied", 100),
+}
+
+
+PLOTS = {
+    "labels": ("methods", "labels", "kept"),
+    "starts": ("problems", "data", "saturation", "size"),
+    "settings": ("beta", "lr", "weight", "length", "iterations"),
+}
+
+
+def control(cell: Cell, rows: dict[str, dict[int, dict]]) -> str:
+    """The key of sft-more with the same start, learning rate and number of steps."""
+    h = int(found.group(1)) if (found := re.search(r"--iterations (\d+)", cell.flags)) else 1
+    same = dataclasses.replace(SFT_MORE, start=cell.start, lr=cell.lr, steps=cell.steps * h)
+    return same.key if same.key in rows else dataclasses.replace(SFT_MORE, start=cell.start).key
+
+
+def values(rows: dict[int, dict], metric: str) -> dict[int, float]:
+    """{seed: value} of one column."""
+    key, factor = METRICS[metric]
+    return {seed: row[key] * factor for seed, row in rows.items() if row.get(key) is not None}
+
+
+def plus_minus(mean: float, se: float | None, metric: str, sign: str = "") -> str:
+    places = 4 if metric.startswith("NLL") else 1
+    return f"{mean:{sign}.{places}f}" + ("" if se is None else f" ± {se:.{places}f}")
+
+
+def table(factor: str, rows: dict[str, dict[int, dict]]) -> str:
+    """One factor: mean ± s.e. over seeds, and below each value the difference to sft-more (see `control`), paired."""
+    head = ["Start", "Cell", "Label precision (%)", "Validation (%)", *METRICS, "Seeds"]
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
+    for cell in FACTORS[factor]:
+        if cell.key not in rows:
+            continue
+        mine, start = rows[cell.key], cell.start
+        label = f"{start.problems}, {start.n}, {start.sft_steps} steps, d {start.width}" + ", replay" * start.replay
+        quality = [row["labels"]["precision"] for row in mine.values() if (row["labels"] or {}).get("precision")]
+        valid = [100 * row["valid"] for row in mine.values() if "valid" in row]
+        out = [label, cell.name, f"{100 * sum(quality) / len(quality):.1f}" if quality else ""]
+        out.append(f"{sum(valid) / len(valid):.1f}" if valid else "")
+        for metric in METRICS:
+            got = values(mine, metric)
+            text = plus_minus(*evaluate.mean_se(list(got.values())), metric) if got else ""
+            base = values(rows.get(control(cell, rows), {}), metric)
+            if got.keys() & base.keys() and control(cell, rows) != cell.key:
+                mean, se, _ = evaluate.paired_difference(got, base)
+                text += f" ({plus_minus(mean, se, metric, '+')})"
+            out.append(text)
+        lines.append("| " + " | ".join([*out, str(len(mine))]) + " |")
+    return "\n".join(lines)
+
+
+def by_cell() -> dict[str, dict[int, dict]]:
+    rows: dict[str, dict[int, dict]] = {}
+    for (key, seed), row in read_rows().items():
+        rows.setdefault(key, {})[seed] = row
+    return rows
+
+
+def label_of(cell: Cell) -> str:
+    start = cell.start
+    parts = [start.problems] * (start.problems != "twice") + [f"{start.n} problems"] * (start.n != 500)
+    parts += [f"{start.sft_steps} steps of SFT"] * (start.sft_steps != 160) + [f"width {start.width}"] * (
+        start.width != 96
+    )
+    return ", ".join([cell.name, *parts, *["replay"] * start.replay])
+
+
+def plot(path: Path, factors: tuple[str, ...], rows: dict[str, dict[int, dict]]) -> None:
+    """Each cell less its sft-more, with s.e., a column for each metric, a block for each factor."""
+    pyplot = show.pyplot()
+    blocks = [[c for c in FACTORS[f] if c.key in rows and control(c, rows) in rows.keys() - {c.key}] for f in factors]
+    names, places, at = [], {}, 0.0
+    for block in blocks:
+        for cell in block:
+            if cell.method != "sft":
+                places[cell.key] = at
+                names.append((at, label_of(cell)))
+                at += 1
+        at += 0.7
+    metrics = ("Greedy (%)", "T = 1 (%)", "Restated (%)", "Final (%)")
+    figure, axes = pyplot.subplots(1, len(metrics), figsize=(11, 0.8 + 0.24 * at), sharey=True, layout="constrained")
+    for axis, metric in zip(axes, metrics, strict=True):
+        for key, place in places.items():
+            cell = Cell(**{**json.loads(key), "start": Start(**json.loads(key)["start"])})
+            got, base = values(rows[key], metric), values(rows[control(cell, rows)], metric)
+            mean, se, _ = evaluate.paired_difference(got, base)
+            colour = {"sft": "0.4", "scs": "C2", "bash": "C0"}.get(
+                cell.stage, "C1" if cell.labels == "oracle" else "C3"
+            )
+            axis.errorbar(mean, place, xerr=se or 0, fmt="o", ms=4, color=colour, capsize=2)
+        axis.axvline(0, color="0.7", lw=1, zorder=0)
+        axis.set_title(f"{metric.removesuffix(' (%)')}, points", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", color="0.93")
+    axes[0].set_yticks([place for place, _ in names], [name for _, name in names])
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def tables(rows: dict[str, dict[int, dict]]) -> str:
+    text = "# The rows of the study, by factor\n\nMean ± s.e. over seeds; in brackets less sft-more of the same start, "
+    text += "learning rate, number of steps and seed. Made by `python benchmarks/study.py report`.\n"
+    for factor in FACTORS:
+        if any(cell.key in rows for cell in FACTORS[factor]):
+            text += f"\n## {factor}\n\n{table(factor, rows)}\n"
+    return text
+
+
+def report() -> None:
+    """Writes results/study/tables.md and the plots."""
+    rows = by_cell()
+    (ROWS.parent / "tables.md").write_text(tables(rows))
+    for name, factors in PLOTS.items():
+        plot(ROWS.parent / f"{name}.png", factors, rows)
+    print(tables(rows))
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("run", allow_abbrev=False)
+    p.add_argument("--out", default="out/study", help="folder of models and logs, some hundred MB")
+    p.add_argument("--only", nargs="+", choices=list(FACTORS), default=list(FACTORS))
+    p.add_argument("--seeds", nargs="+", type=ddp.count, default=[1, 2, 3, 4, 5])
+    p.add_argument("--jobs", type=ddp.number(1, kind=int), default=os.cpu_count() or 1, help="processes at a time")
+    commands.add_parser("report", allow_abbrev=False)
+    args = parser.parse_args()
+    run(args) if args.command == "run" else report()
+
+
+if __name__ == "__main__":
+    ddp.cli(main)

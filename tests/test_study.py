@@ -1,0 +1,139 @@
+"""benchmarks/study.py: its grid, its labels on a small D_r, the forked processes, the report."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, load_from_disk
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import study  # noqa: E402
+
+import toy  # noqa: E402
+
+CELLS = {cell for cells in study.FACTORS.values() for cell in cells}
+
+
+def test_no_two_cells_share_a_folder():
+    assert len({(cell.start, cell.name) for cell in CELLS}) == len(CELLS)
+
+
+def test_each_cell_has_its_control():
+    """sft-more from the same start; at the same learning rate and number of steps wherever it is run at those."""
+    rows = dict.fromkeys((cell.key for cell in CELLS), {})
+    for cell in CELLS:
+        control = json.loads(study.control(cell, rows))
+        assert study.control(cell, rows) in rows
+        assert control["method"] == "sft-more" and control["start"] == json.loads(cell.key)["start"]
+    assert json.loads(study.control(study.cells(methods="rac", steps=32)[0], rows))["steps"] == 32
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """z of 40 problems, every fifth number of it wrong."""
+    rows = []
+    for i, row in enumerate(toy.problems(40, "study")):
+        x, y = study.ids_of(row["prompt"]), study.ids_of(row["response"] + " <eos>")
+        z, numbers = list(y), [j for j, word in enumerate(toy.to_words(y)) if word in toy.NUMBERS]
+        for j in numbers[i % 5 :: 5]:
+            z[j] = toy.IDS[str((int(toy.WORDS[z[j]]) + 1) % 41)]
+        logp = [[-0.01 if j % 2 else -1.0] for j in range(len(z))]
+        rows.append({"id": i, "x": x, "y": y, "z": z, "z_bar": y, "top_logp": logp})
+    Dataset.from_list(rows).save_to_disk(tmp_path / "drawn" / "D_r_1")
+    return tmp_path / "drawn"
+
+
+def pairs(drawn, labels, problems="twice"):
+    folder = drawn.parent / f"{labels}-{problems}"
+    study.make_pairs(folder, drawn, labels, drawn, 0, problems)
+    made = load_from_disk(str(folder))
+    return made, toy.label_quality(made["y"], made["z"], made["z_bar"])
+
+
+def test_labels_are_as_good_as_they_are_said_to_be(drawn):
+    oracle, quality = pairs(drawn, "oracle")
+    assert quality["precision"] == quality["recall"] == 1
+    assert oracle["z_bar"][:] == [toy.oracle_labels(row["y"], row["z"]) for row in oracle]
+    for p in (0.95, 0.6):
+        worse, quality = pairs(drawn, f"added-{p}")
+        assert quality["precision"] == pytest.approx(p, abs=0.01) and quality["recall"] == 1
+        assert worse["z"][:] == oracle["z"][:]
+
+
+def test_labels_that_are_kept(drawn):
+    oracle, current = pairs(drawn, "oracle")[0], pairs(drawn, "current")[0]
+    for row, right in zip(pairs(drawn, "results")[0], oracle, strict=True):
+        for j, (z, label) in enumerate(zip(row["z"], row["z_bar"], strict=True)):
+            after = j > 0 and row["z"][j - 1] == toy.IDS["="]
+            assert label == (right["z_bar"][j] if after else z)
+    for row, all_of_them in zip(pairs(drawn, "sure-0.9")[0], current, strict=True):
+        kept = [label if j % 2 else z for j, (label, z) in enumerate(zip(all_of_them["z_bar"], row["z"], strict=True))]
+        assert row["z_bar"] == kept
+    for row, right in zip(pairs(drawn, "current-results-sure-0.9")[0], current, strict=True):  # both filters
+        for j, (z, label) in enumerate(zip(row["z"], row["z_bar"], strict=True)):
+            after = j > 0 and row["z"][j - 1] == toy.IDS["="]
+            assert label == (right["z_bar"][j] if after and j % 2 else z)
+    arbitrary, _ = pairs(drawn, "oracle", "arbitrary")
+    assert arbitrary["z_bar"][:] == arbitrary["y"][:]
+
+
+@pytest.mark.parametrize("problems", ["twice", "once", "easy", "arbitrary"])
+def test_the_training_sets(tmp_path, problems):
+    study.make_data(tmp_path / "data", study.Start(problems, n=30), seed=1)
+    sets = {
+        s: [json.loads(line) for line in open(tmp_path / "data" / f"{s}.jsonl")] for s in ("train", "valid", "test")
+    }
+    assert [len(rows) for rows in sets.values()] == [30, study.VALID, study.TEST]
+    prompts = [row["prompt"] for rows in sets.values() for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    responses = [row["response"] for row in sets["train"]]
+    assert all(("again" in text) == (problems != "once") for text in responses)
+    words = [text.split() for text in responses]
+    sums = [w[j - 3 : j + 2] for w in words for j in range(len(w)) if w[j] == "="]
+    right = [toy.add(*s[:3]) == int(s[4]) for s in sums]
+    assert all(right) == (problems != "arbitrary")
+    assert all(int(s[2]) <= 9 for s in sums) == (problems == "easy")
+    if problems != "once":
+        assert all(study.copied(w) == 1 for w in words)
+
+
+def test_replay_keeps_the_problems_and_adds_documents(tmp_path):
+    study.make_data(tmp_path / "data", study.Start(n=20), seed=1)
+    study.make_replay(tmp_path / "replay", tmp_path / "data" / "train.jsonl", 1)
+    rows = load_from_disk(str(tmp_path / "replay"))
+    assert len(rows) == 30
+    for i, row in enumerate(rows):
+        words = toy.to_words(row["x"])
+        assert len(row["y"]) == len(row["y_hat"]) and (words[0] == "reference") == (i >= 20)
+        assert i >= 20 or row["y"] == row["y_hat"]
+        assert words[-1] == ("?") and row["y"][-1] == toy.IDS["<eos>"]
+        if i >= 20:
+            y = study.ids_of(" ".join(words[2 : words.index("question")]) + " <eos>")
+            assert row["y"] == toy.oracle_labels(y, row["y_hat"])
+
+
+def test_jobs_go_through_their_steps_and_a_failure_ends_its_own_job_alone(tmp_path, capfd):
+    def step(path, code=0):
+        def call():
+            path.write_text(str(os.getpid()))
+            sys.exit(code)
+
+        return call
+
+    finished = []
+    jobs = [
+        ("good", iter([step(tmp_path / "a"), step(tmp_path / "b")]), lambda: finished.append("good")),
+        ("bad", iter([step(tmp_path / "c", 2), step(tmp_path / "d")]), lambda: finished.append("bad")),
+        ("last", iter([step(tmp_path / "e")]), lambda: finished.append("last")),
+    ]
+    assert study.schedule(jobs, 2, "test") == 1
+    assert sorted(finished) == ["good", "last"] and "bad failed" in capfd.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "e"}
+    assert len({path.read_text() for path in tmp_path.iterdir()} | {str(os.getpid())}) == 5
+
+
+def test_the_tables_follow_from_the_rows():
+    assert (study.ROWS.parent / "tables.md").read_text() == study.tables(study.by_cell())
