@@ -20,6 +20,8 @@ Beyond the paper, and off by default
 - --labels-from start: label with the weights of --model, which this run has not worn yet. z is still the current ones'
   (OUT/D_z_2, ...).
 - --first-correction-only: of each z learn the first correction alone.
+- --plausible P: keep a correction only where the labelling model, not shown the reference, gives it at least P. What y
+  says next is often no answer to a z that has gone elsewhere; the model can only learn from it to doubt its own words.
 
 Departures from the paper
 - Algorithm 2 steps along -grad J of a log-likelihood; that sign is a slip: we minimise -J.
@@ -91,14 +93,14 @@ def rac_soft_loss(
 
 
 @torch.no_grad()
-def reference_logits(
-    model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], batch_size: int
+def z_logits(
+    model: torch.nn.Module, prompts: list[list[int]], z: list[list[int]], batch_size: int
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """The logits [B, L, V] of p(. | f(x, y), z^{<j}), with the rows that they belong to; some rows at a time."""
-    order = sorted(range(len(z)), key=lambda i: len(reference_prompts[i]) + len(z[i]))  # little padding in a batch
+    """The logits [B, L, V] of p(. | prompt, z^{<j}), with the rows that they belong to; some rows at a time."""
+    order = sorted(range(len(z)), key=lambda i: len(prompts[i]) + len(z[i]))  # little padding in a batch
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
-        b = data.batch([reference_prompts[i] for i in some], [z[i] for i in some], model.device)
+        b = data.batch([prompts[i] for i in some], [z[i] for i in some], model.device)
         yield some, data.response_logits(model, b)
 
 
@@ -110,7 +112,7 @@ def rac_labels(
     reference_prompts: f(x, y) and z as token ids. Returns labels, each list as long as its z.
     """
     labels: list[list[int]] = [[] for _ in z]
-    for some, logits in reference_logits(model, reference_prompts, z, batch_size):
+    for some, logits in z_logits(model, reference_prompts, z, batch_size):
         for i, row in zip(some, logits.argmax(dim=-1).tolist(), strict=True):
             labels[i] = row[: len(z[i])]
     return labels
@@ -121,7 +123,7 @@ def rac_top_labels(
 ) -> list[dict[str, list]]:
     """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp ([L][k])."""
     labels: list[dict[str, list]] = [{} for _ in z]
-    for some, logits in reference_logits(model, reference_prompts, z, batch_size):
+    for some, logits in z_logits(model, reference_prompts, z, batch_size):
         logits = logits.float()
         top, ids = logits.topk(k)  # [B, L, k], the largest first
         logp = top - logits.logsumexp(dim=-1, keepdim=True)
@@ -129,6 +131,24 @@ def rac_top_labels(
             n = len(z[i])
             labels[i] = {"z_bar": [q[0] for q in ids_i[:n]], "top_ids": ids_i[:n], "top_logp": logp_i[:n]}
     return labels
+
+
+def plausible_labels(
+    model: torch.nn.Module,
+    x: list[list[int]],
+    z: list[list[int]],
+    z_bar: list[list[int]],
+    p: float,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """z_bar^j where p(z_bar^j | x, z^{<j}) >= p; elsewhere z^j, which Eq. 7 masks. One pass over [x, z]."""
+    kept: list[list[int]] = [[] for _ in z]
+    for some, logits in z_logits(model, x, z, batch_size):
+        labels, _ = data.pad_responses([z_bar[i] for i in some], logits.device)  # [B, L]
+        logp = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        for i, row in zip(some, logp.exp().tolist(), strict=True):
+            kept[i] = [label if q >= p else own for label, own, q in zip(z_bar[i], z[i], row)]
+    return kept
 
 
 def to_last_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[int]]:
@@ -182,6 +202,10 @@ def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteratio
             labels = rac_top_labels(model, f, z, args.topk, args.micro_batch_size)
         else:
             labels = [{"z_bar": z_bar} for z_bar in rac_labels(model, f, z, args.micro_batch_size)]
+        if args.plausible:
+            x, z_bar = [r["x"] for r in rows], [r["z_bar"] for r in labels]
+            kept = plausible_labels(model, x, z, z_bar, args.plausible, args.micro_batch_size)
+            labels = [row | {"z_bar": z_bar} for row, z_bar in zip(labels, kept, strict=True)]
         kept = [{name: r[name] for name in ("id", "x", "y", "z")} for r in rows]
         return [row | found for row, found in zip(kept, labels, strict=True)]
 
@@ -238,11 +262,14 @@ def main() -> None:
     parser.add_argument("--kl", choices=["forward", "reverse"], default="forward", help="of --labels topk")
     parser.add_argument("--labels-from", choices=["current", "start"], default="current", help="whose labels")
     parser.add_argument("--first-correction-only", action="store_true", help="one correction of each z")
+    parser.add_argument("--plausible", type=ddp.number(0, 1), default=0.0, help="least probability of a correction")
     parser.add_argument("--pairs", help="a D_r to use in the first iteration instead of making one")
     parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
     if args.unmasked and args.first_correction_only:
         raise ValueError("--unmasked learns every token, --first-correction-only one: choose")
+    if args.unmasked and args.plausible:
+        raise ValueError("--unmasked learns every label, --plausible leaves some out: choose")
     run, examples = ddp.start(args, data.load, args.max_response or data.TASKS[args.task].max_response)
     if args.labels == "topk" and args.topk > run.model.config.vocab_size:
         raise ValueError(f"--topk {args.topk}: the model's vocabulary has {run.model.config.vocab_size} tokens")

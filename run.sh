@@ -9,7 +9,7 @@
 #     OUT=out      folder of everything that is made         SEEDS="1"    e.g. SEEDS="1 2 3 4 5"
 #     METHODS      of: sft-more sft-compute scs bash rac rac-oracle       (sft always runs: the others start from it)
 #                  and, not by default: neftune spin dpo, RAC in two iterations: rac-2, and RAC beyond the paper:
-#                  rac-topk rac-reverse rac-first rac-2-start
+#                  rac-topk rac-reverse rac-first rac-plausible rac-2-start
 #     NPROC=1      processes of one stage (torchrun)         JOBS         stages at a time (default: cores / NPROC)
 #     PYTHON       use this interpreter instead of a virtual environment in .venv
 set -euo pipefail
@@ -37,7 +37,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLE
 for method in $METHODS; do
     case $method in
         sft-more | sft-compute | scs | bash | rac | neftune | spin) ;;
-        rac-2 | rac-2-start | rac-topk | rac-reverse | rac-first) ;;
+        rac-2 | rac-2-start | rac-topk | rac-reverse | rac-first | rac-plausible) ;;
         rac-oracle | dpo) case " $METHODS " in *" rac "*) ;; *) echo "run.sh: $method needs rac in METHODS" >&2; exit 2 ;; esac ;;
         *) echo "run.sh: METHODS has no method $method" >&2; exit 2 ;;
     esac
@@ -80,6 +80,7 @@ train() { # train METHOD SEED
         rac-topk) run rac.py $more --epochs $E --labels topk ;;
         rac-reverse) run rac.py $more --epochs $E --labels topk --kl reverse ;;
         rac-first) run rac.py $more --epochs $E --first-correction-only ;;
+        rac-plausible) run rac.py $more --epochs $E --plausible 0.01 ;;
         scs | bash | rac) run "$1.py" $more --epochs $E ;;
         rac-oracle) # the control: RAC's own z with the right labels
             [ -e "$dir/D_r_oracle" ] || "$PYTHON" toy.py oracle --pairs "$dir/rac/D_r_1" --out "$dir/D_r_oracle"

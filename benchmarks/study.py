@@ -89,7 +89,7 @@ class Cell:
 
 
 def cells(start: Start = Start(), methods: str = "sft sft-more scs bash rac oracle", **settings: object) -> list[Cell]:
-    """The plain methods from one start. oracle is RAC with the right labels."""
+    """The plain methods from one start. oracle is RAC with the right labels, oracle-results with those after `=`."""
     known = {
         "sft": Cell("sft", steps=0),
         "sft-more": Cell("sft-more", "sft"),
@@ -98,15 +98,16 @@ def cells(start: Start = Start(), methods: str = "sft sft-more scs bash rac orac
         "bash": Cell("bash", "bash"),
         "rac": Cell("rac", "rac", labels="current"),
         "oracle": Cell("oracle", "rac", labels="oracle"),
+        "oracle-results": Cell("oracle-results", "rac", labels="results"),
     }
     return [dataclasses.replace(known[name], start=start, **settings) for name in methods.split()]
 
 
 SFT_MORE = cells(methods="sft-more")[0]
-PLAIN = "sft-more bash rac oracle"
+PLAIN = "sft-more bash rac oracle-results"
 FACTORS = {  # in the order in which they run
     "methods": cells(methods="sft sft-more sft-compute scs bash rac oracle"),
-    "labels": [Cell(f"added-{p:g}", "rac", labels=f"added-{p:g}") for p in (0.95, 0.8, 0.6)]
+    "labels": [Cell(f"results-{p:g}", "rac", labels=f"added-{p:g}-results") for p in (0.9, 0.75, 0.5)]
     + [Cell("base", "rac", labels="base")]
     + cells(Start(replay=True), "sft sft-more rac"),
     "kept": [
@@ -114,7 +115,7 @@ FACTORS = {  # in the order in which they run
         Cell("oracle-unmasked", "rac", "--unmasked", "oracle"),
         Cell("first", "rac", "--first-correction-only", "current"),
         Cell("oracle-first", "rac", "--first-correction-only", "oracle"),
-        Cell("oracle-results", "rac", labels="results"),
+        *cells(methods="oracle-results"),
         Cell("results", "rac", labels="current-results"),
         *[Cell(f"oracle-plausible-{p:g}", "rac", labels=f"oracle-plausible-{p:g}") for p in (0.1, 0.01, 0.001)],
         *[Cell(f"plausible-{p:g}", "rac", labels=f"plausible-{p:g}") for p in (0.1, 0.01, 0.001)],
@@ -128,7 +129,7 @@ FACTORS = {  # in the order in which they run
     "saturation": cells(Start(sft_steps=640), "sft " + PLAIN),
     "beta": [Cell(f"bash-beta{b:g}", "bash", f"--beta {b:g}") for b in (0.5, 1)]
     + [Cell("bash-T0.5", "bash", "--temperature 0.5"), Cell("oracle-T0", "rac", labels="oracle", temperature=0)],
-    "lr": cells(methods="sft-more bash oracle", lr=3e-4),
+    "lr": cells(methods=PLAIN, lr=3e-4),
     "weight": [
         Cell("bash-alone", "bash", "--sft-weight 0"),
         Cell("oracle-alone", "rac", "--sft-weight 0", "oracle"),
@@ -198,12 +199,16 @@ def make_replay(folder: Path, train: Path, seed: int) -> None:
     Dataset.from_list([{"id": i} | row for i, row in enumerate(made)]).save_to_disk(folder)
 
 
+def columns(rows: list[dict], *names: str) -> list[list]:
+    return [[row[name] for row in rows] for name in names]
+
+
 def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, problems: str) -> None:
     """A D_r with other labels on the same z. labels: whose, or whose-which, or which (current).
 
     current    those of the model that drew z: the paper's        base   the base model's, before any fine-tuning
     oracle     the right ones (for arbitrary problems, y's token at the same place)
-    added-P    the right ones, and random numbers where z is right, at random: of the labels that differ, P are right
+    added-P    the right ones, and wrong ones where z is right, at random: of the numbers that differ, P are right
     and of those that differ from z, all, or only (z_bar = z elsewhere):
     results      the ones after `=` (of the right ones, unless it says current-results)
     sure-P       where the model that is shown the reference gives them at least P
@@ -225,8 +230,11 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
             row["z_bar"] = same_place if problems == "arbitrary" else toy.oracle_labels(row["y"], row["z"])
     if whose == "added":
         numbers = [toy.IDS[word] for word in toy.NUMBERS]
-        right = sum(a != b for row in rows for a, b in zip(row["z"], row["z_bar"]))
-        places = [(row, j) for row in rows for j, z in enumerate(row["z"]) if z in numbers and z == row["z_bar"][j]]
+        places = [(row, j) for row in rows for j, z in enumerate(row["z"]) if z in numbers]
+        if "results" in said:
+            places = [(row, j) for row, j in places if row["z"][j - 1] == toy.IDS["="]]
+        right = sum(row["z"][j] != row["z_bar"][j] for row, j in places)
+        places = [(row, j) for row, j in places if row["z"][j] == row["z_bar"][j]]
         p = float(said["added"])
         for row, j in rng.sample(places, round(right * (1 - p) / p)):
             row["z_bar"][j] = rng.choice([number for number in numbers if number != row["z"][j]])
@@ -235,31 +243,17 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
         kept.append([[False, *(z == toy.IDS["="] for z in row["z"][:-1])] for row in rows])
     if "sure" in said:
         kept.append([[logp[0] >= math.log(float(said["sure"])) for logp in row["top_logp"]] for row in rows])
-    if "plausible" in said:
-        model = ddp.load_model(str(drawn.parent / "sft"), "float32")
-        kept.append(plausible(model, rows, float(said["plausible"])))
     for i, row in enumerate(rows):
         for keep in kept:
             row["z_bar"] = [label if k else z for label, k, z in zip(row["z_bar"], keep[i], row["z"], strict=True)]
+    if "plausible" in said:
+        model, x, z, z_bar = ddp.load_model(str(drawn.parent / "sft"), "float32"), *columns(rows, "x", "z", "z_bar")
+        with ddp.inference(model):
+            found = rac.plausible_labels(model, x, z, z_bar, float(said["plausible"]), 64)
+        rows = [row | {"z_bar": z_bar} for row, z_bar in zip(rows, found, strict=True)]
     made = folder.with_name(folder.name + ".partial")
     Dataset.from_list([{k: row[k] for k in ("id", "x", "y", "z", "z_bar")} for row in rows]).save_to_disk(made)
     made.rename(folder)
-
-
-@torch.no_grad()
-def plausible(model: torch.nn.Module, rows: list[dict], p: float) -> list[list[bool]]:
-    """For each label: does the model, not shown the reference, give it at least probability p?"""
-    kept = []
-    for i in range(0, len(rows), 64):
-        some = rows[i : i + 64]
-        with ddp.inference(model):
-            logp = data.response_logits(model, data.batch([r["x"] for r in some], [r["z"] for r in some])).log_softmax(
-                -1
-            )
-        for row, own in zip(some, logp):
-            at = own[range(len(row["z"])), row["z_bar"]]
-            kept.append((at >= math.log(p)).tolist())
-    return kept
 
 
 def start_job(out: Path, start: Start, seed: int) -> Iterator[Callable[[], None]]:

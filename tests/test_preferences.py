@@ -464,6 +464,20 @@ def test_labels_from_the_start(base, tmp_path, monkeypatch):
     assert d_r["z_bar"][:] == rac.rac_labels(start, f, d_r["z"][:]) != rac.rac_labels(trained, f, d_r["z"][:])
 
 
+def test_implausible_corrections_are_left_out(base, tmp_path, monkeypatch):
+    """D_r is as without the flag, but for the labels that the model, not shown the reference, thinks unlikely."""
+    whole, kept = (
+        datasets.load_from_disk(
+            str(run(monkeypatch, "rac", base, tmp_path / name, "--max-steps", "1", *flags) / "D_r_1")
+        )
+        for name, flags in (("whole", ()), ("kept", ("--plausible", "0.02")))
+    )
+    assert whole["z"][:] == kept["z"][:]
+    start = ddp.load_model(str(base / "llama"))
+    z_bar = rac.plausible_labels(start, whole["x"][:], whole["z"][:], whole["z_bar"][:], 0.02)
+    assert kept["z_bar"][:] == z_bar and z_bar != whole["z_bar"][:] and z_bar != whole["z"][:]
+
+
 def test_rac_flags_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
     made = run(monkeypatch, "rac", base, tmp_path / "made", "--labels", "topk", "--topk", "3", "--max-steps", "1")
     pairs = ["--pairs", made / "D_r_1"]
@@ -481,6 +495,8 @@ def test_rac_flags_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
     assert "was not made with --labels topk" in refused("--labels", "topk", "--topk", "3", "--pairs", tmp_path / "hard")
     assert "--topk 999: the model's vocabulary has" in refused("--labels", "topk", "--topk", "999")
     assert "choose" in refused("--unmasked", "--first-correction-only")
+    assert "choose" in refused("--unmasked", "--plausible", "0.1")
+    assert "--plausible: '2' is not a number in [0, 1]" in refused("--plausible", "2")
     assert "invalid choice: 'soft'" in refused("--labels", "soft")
 
 

@@ -73,6 +73,26 @@ def test_rac_labels_are_the_step_by_step_arg_max(arch):
     assert rac.rac_labels(model, f, z, batch_size=1) == labels
 
 
+@pytest.mark.parametrize("arch", tiny.ARCHS)
+def test_plausible_labels_token_by_token(arch):
+    """A label stays where the model gives it at least P after (x, z^{<j}); elsewhere z^j stands, which is masked."""
+    model, rng = tiny.model(arch, vocab=40), random.Random(4)
+    x = [[rng.randrange(40) for _ in range(n)] for n in (9, 3, 17, 5)]
+    z, z_bar = ([[rng.randrange(40) for _ in range(n)] for n in (4, 8, 1, 6)] for _ in range(2))
+    chances = [
+        [
+            float(model(torch.tensor([prompt + own[:j]]), use_cache=False).logits[0, -1].softmax(0)[label])
+            for j, label in enumerate(row)
+        ]
+        for prompt, own, row in zip(x, z, z_bar, strict=True)
+    ]
+    p = sorted(sum(chances, []))[8] * 0.999  # eleven of the nineteen stay
+    kept = rac.plausible_labels(model, x, z, z_bar, p, batch_size=3)
+    for own, row, chance, found in zip(z, z_bar, chances, kept, strict=True):
+        assert found == [label if c >= p else token for token, label, c in zip(own, row, chance, strict=True)]
+    assert rac.plausible_labels(model, x, z, z_bar, 0.0) == z_bar
+
+
 def test_d_r_is_made_as_algorithm_2_says(base, tmp_path, monkeypatch):
     """z drawn given x, labels given the task's own f(x, y): rebuilt here from the start model and the templates."""
     out = run(monkeypatch, "rac", base, tmp_path / "rac", "--temperature", "0")

@@ -61,6 +61,7 @@ def test_labels_are_as_good_as_they_are_said_to_be(drawn):
         worse, quality = pairs(drawn, f"added-{p}")
         assert quality["precision"] == pytest.approx(p, abs=0.01) and quality["recall"] == 1
         assert worse["z"][:] == oracle["z"][:]
+    assert pairs(drawn, "added-0.6-results")[1]["precision"] == pytest.approx(0.6, abs=0.01)
 
 
 def test_labels_that_are_kept(drawn):
