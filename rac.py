@@ -35,6 +35,7 @@ Departures from the paper
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,8 @@ from sft import sft_loss, sft_phase
 
 # Label precision below which RAC warns: Eq. 7 keeps just the labels that differ from z, whether or not they are right.
 POOR = 0.9
+# A correction is implausible where the model itself, not shown the reference, gives it less than this probability.
+IMPLAUSIBLE, SAMPLE = 0.01, 200  # measured on so many rows
 SOFT = ("top_ids", "top_logp")  # the columns of --labels topk
 
 
@@ -195,35 +198,51 @@ def with_z(run: ddp.Run, args: argparse.Namespace, iteration: int, rows: list[di
 def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
     """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13), or labelled by that of --model."""
     draw = partial(with_z, run, args, iteration)
+    every = math.ceil(len(examples) / SAMPLE)
+    seen = torch.zeros(2, device=run.device)  # corrections, and the plausible ones among them
 
     def label(model: torch.nn.Module, rows: list[dict]) -> list[dict]:
-        f, z = [r["f"] for r in rows], [r["z"] for r in rows]
+        f, x, z = ([row[name] for row in rows] for name in ("f", "x", "z"))
         if args.labels == "topk":
             labels = rac_top_labels(model, f, z, args.topk, args.micro_batch_size)
         else:
             labels = [{"z_bar": z_bar} for z_bar in rac_labels(model, f, z, args.micro_batch_size)]
+        z_bar = [row["z_bar"] for row in labels]
+        some = [i for i, row in enumerate(rows) if row["id"] % every == 0]
+        sample = [[column[i] for i in some] for column in (x, z, z_bar)]
+        likely = plausible_labels(model, *sample, IMPLAUSIBLE, args.micro_batch_size)
+        seen.add_(torch.tensor([corrections(sample[1], sample[2]), corrections(sample[1], likely)], device=run.device))
         if args.plausible:
-            x, z_bar = [r["x"] for r in rows], [r["z_bar"] for r in labels]
-            kept = plausible_labels(model, x, z, z_bar, args.plausible, args.micro_batch_size)
-            labels = [row | {"z_bar": z_bar} for row, z_bar in zip(labels, kept, strict=True)]
-        kept = [{name: r[name] for name in ("id", "x", "y", "z")} for r in rows]
-        return [row | found for row, found in zip(kept, labels, strict=True)]
+            z_bar = plausible_labels(model, x, z, z_bar, args.plausible, args.micro_batch_size)
+        kept = [{name: row[name] for name in ("id", "x", "y", "z")} for row in rows]
+        return [row | found | {"z_bar": own} for row, found, own in zip(kept, labels, z_bar, strict=True)]
 
     name = f"D_r_{iteration}"
     same = args.labels_from == "current" or iteration == 1 and not args.sft_epochs
     if same or (run.out / name).exists():
-        return run.offline(name, lambda rows: label(run.model, draw(rows)), examples)
-    drawn = run.offline(f"D_z_{iteration}", draw, examples)
-    # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
-    start = ddp.model_of(args)
-    return ddp.offline(run.out / name, partial(label, start), drawn, start, run.tokenizer)
+        d_r = run.offline(name, lambda rows: label(run.model, draw(rows)), examples)
+    else:
+        drawn = run.offline(f"D_z_{iteration}", draw, examples)
+        # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
+        start = ddp.model_of(args)
+        d_r = ddp.offline(run.out / name, partial(label, start), drawn, start, run.tokenizer)
+    found, plausible = ddp.all_sum(seen).tolist()
+    if found:
+        share = 1 - plausible / found
+        ddp.print0(f"{name}: the model itself gives {share:.0%} of the corrections a probability under {IMPLAUSIBLE}")
+    return d_r
+
+
+def corrections(z: data.Rows, z_bar: data.Rows) -> int:
+    """Tokens that differ."""
+    return sum(a != b for rows in zip(z, z_bar, strict=True) for a, b in zip(*rows, strict=True))
 
 
 def describe(d_r: Dataset) -> dict[str, float]:
     """What a D_r holds: the share of tokens corrected, of z equal to y, of rows without any correction."""
     tokens = corrected = equal = untouched = 0
     for row in d_r:
-        wrong = sum(a != b for a, b in zip(row["z"], row["z_bar"], strict=True))
+        wrong = corrections([row["z"]], [row["z_bar"]])
         tokens, corrected = tokens + len(row["z"]), corrected + wrong
         equal, untouched = equal + (row["z"] == row["y"]), untouched + (wrong == 0)
     return {

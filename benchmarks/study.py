@@ -264,15 +264,17 @@ def start_job(out: Path, start: Start, seed: int) -> Iterator[Callable[[], None]
     )
     if not (home / "data").exists():
         yield partial(make_data, home / "data", start, seed)
-    sft = f"--model {base_of(out, start, seed)} {flags} --lr 7e-4 --max-steps {start.sft_steps} --out {home}/sft"
-    if start.replay:
-        if not (home / "replay").exists():
-            yield partial(make_replay, home / "replay", home / "data" / "train.jsonl", seed)
-        yield script(f"bash.py {sft} --epochs 999 --sft-weight 0 --pairs {home}/replay", home / "log")
-    else:
-        yield script(f"sft.py {sft} --epochs 999", home / "log")
-    made = f"--epochs 0 --labels topk --topk 1 --out {home}/z-1"
-    yield script(f"rac.py --model {home}/sft {flags} {made}", home / "log")
+    if not (home / "sft" / "config.json").exists():
+        sft = f"--model {base_of(out, start, seed)} {flags} --lr 7e-4 --max-steps {start.sft_steps} --out {home}/sft"
+        if start.replay:
+            if not (home / "replay").exists():
+                yield partial(make_replay, home / "replay", home / "data" / "train.jsonl", seed)
+            yield script(f"bash.py {sft} --epochs 999 --sft-weight 0 --pairs {home}/replay", home / "log")
+        else:
+            yield script(f"sft.py {sft} --epochs 999", home / "log")
+    if not (home / "z-1" / "config.json").exists():
+        made = f"--epochs 0 --labels topk --topk 1 --out {home}/z-1"
+        yield script(f"rac.py --model {home}/sft {flags} {made}", home / "log")
 
 
 def cell_job(out: Path, cell: Cell, seed: int) -> Iterator[Callable[[], None]]:
@@ -521,7 +523,7 @@ def plot(path: Path, factors: tuple[str, ...], rows: dict[str, dict[int, dict]])
             )
             axis.errorbar(mean, place, xerr=se or 0, fmt="o", ms=4, color=colour, capsize=2)
         axis.axvline(0, color="0.7", lw=1, zorder=0)
-        axis.set_title(f"{metric.removesuffix(' (%)')}, points", fontsize=9)
+        axis.set_title(f"{metric.removesuffix(' (%)')}, points over sft-more", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", color="0.93")
     axes[0].set_yticks([place for place, _ in names], [name for _, name in names])
