@@ -51,7 +51,8 @@ import generate
 import toy
 from sft import sft_loss, sft_phase
 
-# Label precision below which RAC warns: Eq. 7 keeps just the labels that differ from z, whether or not they are right.
+# Label precision below which RAC warns: Eq. 7 keeps just the labels that differ from z, whether or not they are right
+# (STUDY.md: break-even is near 0.8 for greedy accuracy, near 1 for sampling).
 POOR = 0.9
 # A correction is implausible where the model itself, not shown the reference, gives it less than this probability.
 IMPLAUSIBLE, SAMPLE = 0.01, 200  # measured on so many rows
@@ -228,8 +229,12 @@ def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteratio
         d_r = ddp.offline(run.out / name, partial(label, start), drawn, start, run.tokenizer)
     found, plausible = ddp.all_sum(seen).tolist()
     if found:
-        share = 1 - plausible / found
-        ddp.print0(f"{name}: the model itself gives {share:.0%} of the corrections a probability under {IMPLAUSIBLE}")
+        share, hint = 1 - plausible / found, ""
+        if share > 0.5 and not args.plausible:
+            hint = ". WARNING: to learn these costs accuracy in sampling (STUDY.md); --plausible leaves such ones out"
+        ddp.print0(
+            f"{name}: {share:.0%} of the corrections have a chance under {IMPLAUSIBLE} without the reference{hint}"
+        )
     return d_r
 
 

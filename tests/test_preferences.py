@@ -478,6 +478,15 @@ def test_implausible_corrections_are_left_out(base, tmp_path, monkeypatch):
     assert kept["z_bar"][:] == z_bar and z_bar != whole["z_bar"][:] and z_bar != whole["z"][:]
 
 
+@pytest.mark.parametrize(("limit", "flags", "share"), [(0.9, (), 1), (0.9, ("--plausible", "0.01"), 1), (1e-9, (), 0)])
+def test_implausible_corrections_are_counted(base, tmp_path, monkeypatch, capsys, limit, flags, share):
+    monkeypatch.setattr(rac, "IMPLAUSIBLE", limit)
+    run(monkeypatch, "rac", base, tmp_path / "out", "--max-steps", "1", *flags)
+    printed = capsys.readouterr().err
+    assert f"D_r_1: {share:.0%} of the corrections have a chance under {limit} without the reference" in printed
+    assert ("--plausible leaves" in printed) == (share == 1 and not flags)
+
+
 def test_rac_flags_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
     made = run(monkeypatch, "rac", base, tmp_path / "made", "--labels", "topk", "--topk", "3", "--max-steps", "1")
     pairs = ["--pairs", made / "D_r_1"]
