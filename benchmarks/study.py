@@ -518,9 +518,8 @@ def plot(path: Path, factors: tuple[str, ...], rows: dict[str, dict[int, dict]])
             cell = Cell(**{**json.loads(key), "start": Start(**json.loads(key)["start"])})
             got, base = values(rows[key], metric), values(rows[control(cell, rows)], metric)
             mean, se, _ = evaluate.paired_difference(got, base)
-            colour = {"sft": "0.4", "scs": "C2", "bash": "C0"}.get(
-                cell.stage, "C1" if cell.labels == "oracle" else "C3"
-            )
+            right = cell.labels.startswith(("oracle", "results", "added"))  # some or all labels from the oracle
+            colour = {"sft": "0.4", "scs": "C4", "bash": "C2"}.get(cell.stage, "C1" if right else "C0")
             axis.errorbar(mean, place, xerr=se or 0, fmt="o", ms=4, color=colour, capsize=2)
         axis.axvline(0, color="0.7", lw=1, zorder=0)
         axis.set_title(f"{metric.removesuffix(' (%)')}, points over sft-more", fontsize=9)
