@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/study.py run                   # hours on two cores; called again, it goes on
     OMP_NUM_THREADS=1 python benchmarks/study.py run --only labels     # one factor (see FACTORS); --seeds 1 2: fewer
     python benchmarks/study.py report                                  # results/study/: tables and plots of the rows
+    python benchmarks/study.py shares                                  # results/study/: implausible corrections
 
 A run is a cell of the grid with a seed: a start (a training set, a base model, SFT) and a second stage, by the scripts
 of this repository with the flags that the row shows, then evaluate.py on 300 test problems (greedy; one draw at
@@ -549,18 +550,34 @@ def report() -> None:
     print(tables(rows))
 
 
+def shares(out: Path) -> None:
+    """Writes results/study/implausible.json: of each start that is there, for each seed, the share of the corrections
+    by its own labels to which the model, not shown the reference, gives less than rac.IMPLAUSIBLE."""
+    found: dict[str, list[float]] = {}
+    for folder in tqdm(sorted(path.parent for path in out.glob("*/seed-*/z-1/config.json"))):
+        x, z, z_bar = columns([dict(row) for row in load_from_disk(str(folder / "D_r_1"))], "x", "z", "z_bar")
+        model = ddp.load_model(str(folder.parent / "sft"), "float32")
+        with ddp.inference(model):
+            kept = rac.plausible_labels(model, x, z, z_bar, rac.IMPLAUSIBLE, 64)
+        share = 1 - rac.corrections(z, kept) / rac.corrections(z, z_bar)
+        found.setdefault(folder.parent.parent.name, []).append(round(share, 4))
+    ddp.write_json(ROWS.parent / "implausible.json", found)
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("run", allow_abbrev=False)
-    p.add_argument("--out", default="out/study", help="folder of models and logs, some hundred MB")
     p.add_argument("--only", nargs="+", choices=list(FACTORS), default=list(FACTORS))
     p.add_argument("--seeds", nargs="+", type=ddp.count, default=[1, 2, 3, 4, 5])
     p.add_argument("--jobs", type=ddp.number(1, kind=int), default=os.cpu_count() or 1, help="processes at a time")
     commands.add_parser("report", allow_abbrev=False)
+    q = commands.add_parser("shares", allow_abbrev=False)
+    for command in (p, q):
+        command.add_argument("--out", default="out/study", help="folder of models and logs, some hundred MB")
     args = parser.parse_args()
-    run(args) if args.command == "run" else report()
+    {"run": lambda: run(args), "report": report, "shares": lambda: shares(Path(args.out))}[args.command]()
 
 
 if __name__ == "__main__":
