@@ -81,7 +81,7 @@ def test_plausible_labels_token_by_token(arch):
     z, z_bar = ([[rng.randrange(40) for _ in range(n)] for n in (4, 8, 1, 6)] for _ in range(2))
     chances = [
         [
-            float(model(torch.tensor([prompt + own[:j]]), use_cache=False).logits[0, -1].softmax(0)[label])
+            float(model(torch.tensor([prompt + own[:j]]), use_cache=False).logits[0, -1].detach().softmax(0)[label])
             for j, label in enumerate(row)
         ]
         for prompt, own, row in zip(x, z, z_bar, strict=True)
