@@ -44,7 +44,6 @@ import toy  # noqa: E402
 
 ROWS = ROOT / "results" / "study" / "rows.jsonl"
 TEST, VALID = 300, 150
-BATCH = "--batch-size 16 --micro-batch-size 16 --warmup 0.1"
 
 
 # ---------------------------------------------------------------------------------------------- the grid
@@ -152,6 +151,12 @@ def home_of(out: Path, start: Start, seed: int) -> Path:
     return out / "-".join(parts) / f"seed-{seed}"
 
 
+def stage_flags(home: Path, seed: int) -> str:
+    """The flags that all stages share."""
+    data_flags = f"--task toy --data {home}/data/train.jsonl --seed {seed}"
+    return f"{data_flags} --batch-size 16 --micro-batch-size 16 --warmup 0.1"
+
+
 def script(words: str, log: Path) -> Callable[[], None]:
     """A command of this repository, to be called in a process of its own."""
 
@@ -220,10 +225,11 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
     whose = "oracle" if labels == "results" else whose
     rows, rng = [dict(row) for row in load_from_disk(str(drawn / "D_r_1"))], random.Random(f"labels {seed}")
     if whose == "base":
-        f = [["reference", ":", *toy.to_words(row["y"])[:-1], "question", ":", *toy.to_words(row["x"])] for row in rows]
+        texts = ({"x": " ".join(toy.to_words(row["x"])), "y": " ".join(toy.to_words(row["y"])[:-1])} for row in rows)
+        f = [ids_of(toy.REFERENCE_TEMPLATE.format(**text)) for text in texts]
         model = ddp.load_model(str(base), "float32")
         with ddp.inference(model):
-            found = rac.rac_labels(model, [ids_of(" ".join(words)) for words in f], [row["z"] for row in rows], 64)
+            found = rac.rac_labels(model, f, *columns(rows, "z"), 64)
         rows = [row | {"z_bar": z_bar} for row, z_bar in zip(rows, found, strict=True)]
     elif whose in ("oracle", "added"):
         for row in rows:
@@ -260,9 +266,7 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
 def start_job(out: Path, start: Start, seed: int) -> Iterator[Callable[[], None]]:
     """Data, SFT, and z of the SFT model with its labels."""
     home = home_of(out, start, seed)
-    flags = (
-        f"--task toy --data {home}/data/train.jsonl --batch-size 16 --micro-batch-size 16 --warmup 0.1 --seed {seed}"
-    )
+    flags = stage_flags(home, seed)
     if not (home / "data").exists():
         yield partial(make_data, home / "data", start, seed)
     if not (home / "sft" / "config.json").exists():
@@ -282,9 +286,7 @@ def cell_job(out: Path, cell: Cell, seed: int) -> Iterator[Callable[[], None]]:
     """The second stage and its measurement; the row is left in the cell's folder."""
     home = home_of(out, cell.start, seed)
     folder, log = home / cell.name, home / f"{cell.name}.log"
-    flags = (
-        f"--task toy --data {home}/data/train.jsonl --batch-size 16 --micro-batch-size 16 --warmup 0.1 --seed {seed}"
-    )
+    flags = stage_flags(home, seed)
     if cell.stage:
         words = f"{cell.stage}.py --model {home}/sft {flags} --lr {cell.lr} --epochs 999 --max-steps {cell.steps} "
         words += cell.flags
@@ -460,7 +462,7 @@ def plus_minus(mean: float, se: float | None, metric: str, sign: str = "") -> st
 
 
 def table(factor: str, rows: dict[str, dict[int, dict]]) -> str:
-    """One factor: mean ± s.e. over seeds, and below each value the difference to sft-more (see `control`), paired."""
+    """One factor: mean ± s.e. over seeds, and in brackets the paired difference to sft-more (see `control`)."""
     head = ["Start", "Cell", "Label precision (%)", "Validation (%)", *METRICS, "Seeds"]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     for cell in FACTORS[factor]:
@@ -494,9 +496,8 @@ def by_cell() -> dict[str, dict[int, dict]]:
 def label_of(cell: Cell) -> str:
     start = cell.start
     parts = [start.problems] * (start.problems != "twice") + [f"{start.n} problems"] * (start.n != 500)
-    parts += [f"{start.sft_steps} steps of SFT"] * (start.sft_steps != 160) + [f"width {start.width}"] * (
-        start.width != 96
-    )
+    parts += [f"{start.sft_steps} steps of SFT"] * (start.sft_steps != 160)
+    parts += [f"width {start.width}"] * (start.width != 96)
     return ", ".join([cell.name, *parts, *["replay"] * start.replay])
 
 
@@ -508,16 +509,15 @@ def plot(path: Path, factors: tuple[str, ...], rows: dict[str, dict[int, dict]])
     for block in blocks:
         for cell in block:
             if cell.method != "sft":
-                places[cell.key] = at
+                places[cell] = at
                 names.append((at, label_of(cell)))
                 at += 1
         at += 0.7
     metrics = ("Greedy (%)", "T = 1 (%)", "Restated (%)", "Final (%)")
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(11, 0.8 + 0.24 * at), sharey=True, layout="constrained")
     for axis, metric in zip(axes, metrics, strict=True):
-        for key, place in places.items():
-            cell = Cell(**{**json.loads(key), "start": Start(**json.loads(key)["start"])})
-            got, base = values(rows[key], metric), values(rows[control(cell, rows)], metric)
+        for cell, place in places.items():
+            got, base = values(rows[cell.key], metric), values(rows[control(cell, rows)], metric)
             mean, se, _ = evaluate.paired_difference(got, base)
             right = cell.labels.startswith(("oracle", "results", "added"))  # some or all labels from the oracle
             colour = {"sft": "0.4", "scs": "C4", "bash": "C2"}.get(cell.stage, "C1" if right else "C0")
@@ -544,17 +544,21 @@ def tables(rows: dict[str, dict[int, dict]]) -> str:
 def report() -> None:
     """Writes results/study/tables.md and the plots."""
     rows = by_cell()
-    (ROWS.parent / "tables.md").write_text(tables(rows))
+    text = tables(rows)
+    (ROWS.parent / "tables.md").write_text(text)
     for name, factors in PLOTS.items():
         plot(ROWS.parent / f"{name}.png", factors, rows)
-    print(tables(rows))
+    print(text)
 
 
 def shares(out: Path) -> None:
     """Writes results/study/implausible.json: of each start that is there, for each seed, the share of the corrections
     by its own labels to which the model, not shown the reference, gives less than rac.IMPLAUSIBLE."""
     found: dict[str, list[float]] = {}
-    for folder in tqdm(sorted(path.parent for path in out.glob("*/seed-*/z-1/config.json"))):
+    folders = sorted(path.parent for path in out.glob("*/seed-*/z-1/config.json"))
+    if not folders:
+        raise ValueError(f"--out {out}: no starts in it; `study.py run` makes them")
+    for folder in tqdm(folders):
         x, z, z_bar = columns([dict(row) for row in load_from_disk(str(folder / "D_r_1"))], "x", "z", "z_bar")
         model = ddp.load_model(str(folder.parent / "sft"), "float32")
         with ddp.inference(model):

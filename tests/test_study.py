@@ -136,5 +136,12 @@ def test_jobs_go_through_their_steps_and_a_failure_ends_its_own_job_alone(tmp_pa
     assert len({path.read_text() for path in tmp_path.iterdir()} | {str(os.getpid())}) == 5
 
 
+def test_shares_of_nothing_overwrite_nothing(tmp_path):
+    before = (study.ROWS.parent / "implausible.json").read_bytes()
+    with pytest.raises(ValueError, match="no starts in it"):
+        study.shares(tmp_path)
+    assert (study.ROWS.parent / "implausible.json").read_bytes() == before
+
+
 def test_the_tables_follow_from_the_rows():
     assert (study.ROWS.parent / "tables.md").read_text() == study.tables(study.by_cell())
