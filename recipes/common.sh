@@ -102,12 +102,7 @@ check() {
     [ "$free" -ge "$GB" ] || die "OUT=$OUT has $free GB free, this recipe needs about $GB (GB= sets that)"
     if [ -z "${PYTHON:-}" ]; then
         PYTHON=.venv/bin/python
-        if ! cmp -s requirements.txt .venv/requirements.txt; then
-            echo "installing requirements.txt into .venv"
-            python3 -m venv .venv
-            .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-            cp requirements.txt .venv/requirements.txt
-        fi
+        bash run.sh setup
     fi
     local wanted=("model=$model")
     [ "$task" = toy ] || wanted+=("train=$task|$train_file|$columns" "test=$task|$test_file|$columns")
@@ -235,6 +230,23 @@ measure() {
     RESULTS+=("$out/results.json")
 }
 
+# one_round [FLAGS of measure]: Tables 1 and 3: SFT and NEFTune, from SFT each method once, and all of them measured
+one_round() {
+    train sft sft.py --model "$model" --lr "$SFT_LR" --epochs "$SFT_EPOCHS"
+    train neftune sft.py --model "$model" --lr "$SFT_LR" --epochs "$SFT_EPOCHS" --neftune-alpha 5
+    train sft-more sft.py --model "$dir/sft" --epochs "$EPOCHS"
+    local beta name
+    for beta in $SPIN_BETAS; do
+        train "spin-$beta" spin.py --model "$dir/sft" --epochs "$EPOCHS" --lr "$SPIN_LR" --batch-size "$SPIN_BATCH" \
+            --beta "$beta"
+    done
+    train bash bash.py --model "$dir/sft" --epochs "$EPOCHS" --beta 0.2
+    train rac rac.py --model "$dir/sft" --epochs "$EPOCHS"
+    for name in sft neftune sft-more $(printf 'spin-%s ' $SPIN_BETAS) bash rac; do
+        measure "$name" "$@"
+    done
+}
+
 # alpaca NAME [MODEL]: the outputs files of alpaca_eval, one for each of DRAWS: at temperature 0.7, or greedy
 alpaca() {
     wanted "$1" || return 0
@@ -292,6 +304,13 @@ qa_sft() {
 two_iterations() {
     train "$1-1" "$2" --model "$sft" --epochs "$EPOCHS_1" "${@:3}"
     train "$1-2" "$2" --model "$dir/$1-1" --epochs "$EPOCHS_2" --seed "$((seed + 1000))" "${@:3}"
+}
+
+# qa_methods: sft-more, BASH and RAC, two iterations each
+qa_methods() {
+    two_iterations sft-more sft.py
+    two_iterations bash bash.py --beta 0.2
+    two_iterations rac rac.py
 }
 
 # The instructions of AlpacaEval 2.0 (SMALL: the test prompts); ALPACA=file takes another copy

@@ -26,18 +26,7 @@ ready
 begin_table "The paper's rows are in recipes/$RECIPE.sh."
 for seed in $SEEDS; do
     seed_is "$seed"
-    train sft sft.py --model "$model" --lr "$SFT_LR" --epochs "$SFT_EPOCHS"
-    train neftune sft.py --model "$model" --lr "$SFT_LR" --epochs "$SFT_EPOCHS" --neftune-alpha 5
-    train sft-more sft.py --model "$dir/sft" --epochs "$EPOCHS"
-    for beta in $SPIN_BETAS; do
-        train "spin-$beta" spin.py --model "$dir/sft" --epochs "$EPOCHS" --lr "$SPIN_LR" --batch-size "$SPIN_BATCH" \
-            --beta "$beta"
-    done
-    train bash bash.py --model "$dir/sft" --epochs "$EPOCHS" --beta 0.2
-    train rac rac.py --model "$dir/sft" --epochs "$EPOCHS"
-    for name in sft neftune sft-more $(printf 'spin-%s ' $SPIN_BETAS) bash rac; do
-        measure "$name"
-    done
+    one_round
 done
 table
 end_table "$(judge_hint)"

@@ -32,14 +32,12 @@ for seed in $SEEDS; do
     qa_sft
     train neftune sft.py --model "${MODEL:-$model}" --data "${NEFT_DATA:-$train_file}" --epochs "$NEFT_EPOCHS" --lr "$SFT_LR" \
         --neftune-alpha 5
-    two_iterations sft-more sft.py
+    qa_methods
     for beta in $SPIN_BETAS; do # from the second iteration on SPIN needs the pairs of the first: one run of two
         spin=(--model "$sft" --lr "$SPIN_LR" --batch-size "$SPIN_BATCH" --beta "$beta" --epochs "$SPIN_EPOCHS")
         train "spin-$beta-1" spin.py "${spin[@]}"
         train "spin-$beta-2" spin.py "${spin[@]}" --iterations 2
     done
-    two_iterations bash bash.py --beta 0.2
-    two_iterations rac rac.py
     names="neftune sft-more-1 sft-more-2 $(printf 'spin-%s-1 ' $SPIN_BETAS)$(printf 'spin-%s-2 ' $SPIN_BETAS)"
     measure sft --model "$sft"
     alpaca sft "$sft"

@@ -30,18 +30,7 @@ for task in $TASKS; do
     prepare
     for seed in $SEEDS; do
         seed_is "$seed"
-        train sft sft.py --model "$model" --lr "$SFT_LR" --epochs "$SFT_EPOCHS"
-        train neftune sft.py --model "$model" --lr "$SFT_LR" --epochs "$SFT_EPOCHS" --neftune-alpha 5
-        train sft-more sft.py --model "$dir/sft" --epochs "$EPOCHS"
-        for beta in $SPIN_BETAS; do
-            train "spin-$beta" spin.py --model "$dir/sft" --epochs "$EPOCHS" --lr "$SPIN_LR" --batch-size "$SPIN_BATCH" \
-                --beta "$beta"
-        done
-        train bash bash.py --model "$dir/sft" --epochs "$EPOCHS" --beta 0.2
-        train rac rac.py --model "$dir/sft" --epochs "$EPOCHS"
-        for name in sft neftune sft-more $(printf 'spin-%s ' $SPIN_BETAS) bash rac; do
-            measure "$name" --temperatures 0.1 --generations "$GENERATIONS"
-        done
+        one_round --temperatures 0.1 --generations "$GENERATIONS"
     done
     table "$task"
 done

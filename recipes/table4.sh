@@ -28,9 +28,7 @@ begin_table "Losses of the test set; the win rates come from alpaca_eval. The pa
 for seed in $SEEDS; do
     seed_is "$seed"
     qa_sft
-    two_iterations sft-more sft.py
-    two_iterations bash bash.py --beta 0.2
-    two_iterations rac rac.py
+    qa_methods
     if [ -n "$SMALL" ] && [ -z "$PREFERENCES" ]; then small_preferences; fi
     for name in sft sft-more bash rac; do
         start=$dir/$name-2

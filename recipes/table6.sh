@@ -24,9 +24,7 @@ begin_table "bash-only, rac-only: without the SFT loss. The paper's rows are in 
 for seed in $SEEDS; do
     seed_is "$seed"
     qa_sft
-    two_iterations sft-more sft.py
-    two_iterations bash bash.py --beta 0.2
-    two_iterations rac rac.py
+    qa_methods
     two_iterations bash-only bash.py --beta 0.2 --sft-weight 0
     two_iterations rac-only rac.py --sft-weight 0
     measure sft --model "$sft"
