@@ -62,10 +62,7 @@ def main() -> None:
     parser.add_argument("--pairs", help="a D_s to use in the first iteration instead of making one")
     parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
     args = parser.parse_args()
-    run, examples = ddp.start(args, data.load)
-    pairs = None
-    if args.pairs is not None:  # read first: what is wrong with them shows before any training
-        pairs = ddp.read_pairs(args.pairs, ("y", "y_hat"), run.tokenizer, run.model)
+    run, examples, pairs = ddp.start_with_pairs(args, data.load, ("y", "y_hat"))
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
     weight = {"bash": 1.0, "sft": args.sft_weight}

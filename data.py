@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import toy
+
 RAC_SYSTEM = (  # appendix A.1, word for word ("Your will" included)
     "You are a helpful assistant to answer user's question. Your will be given both a question and reference response. "
     "You need to give a new response to the question and contain the main content in the reference response."
@@ -101,7 +103,6 @@ def qa_f(row: dict, tokenizer, limit: int) -> str:
     return chat(tokenizer, [*before, *as_turns(user)], RAC_SYSTEM)
 
 
-TOY_F = "reference : {y} question : {x}"
 TLDR_HEAD = {"subreddit": "r/", "title": ""}  # the optional lines above the post, and what stands before their value
 
 
@@ -132,7 +133,7 @@ TASKS = {
     "toy": Task(
         (), ("train", "test"), "prompt", "response", 128, 96,
         before_response=" ", x=lambda row, tokenizer, limit: row["prompt"],
-        f=lambda row, tokenizer, limit: TOY_F.format(x=row["prompt"], y=row["response"]),
+        f=lambda row, tokenizer, limit: toy.REFERENCE_TEMPLATE.format(x=row["prompt"], y=row["response"]),
     ),
     "tldr": Task(
         ("vwxyzjn/summarize_from_feedback_tldr_3_filtered",), ("train", "test"), "post", "summary", 512, 53,

@@ -210,6 +210,8 @@ def load_tokenizer(path: str) -> AutoTokenizer:
     local = path.count("/") > 1 or path.startswith((".", "/")) or os.path.isdir(os.path.dirname(path))
     if not os.path.isdir(path) and (local or os.path.exists(path)):  # else it is a hub name
         raise FileNotFoundError(f"--model {path}: no such folder")
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        raise OSError(f"--model {path}: not a model's folder, there is no config.json in it")
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a missing or broken tokenizer shows as OSError, ValueError, TypeError or ImportError
@@ -610,12 +612,14 @@ def start(
     if len(examples) < WORLD:
         raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
     model = model_of(args)
-    tokens = largest = 0
     for row in examples:
-        f, z = row.get("f", []), row.get("z", [])  # the prompt of RAC's labels; the rejected response of DPO's pairs
-        tokens = max(tokens, max(len(row["x"]), len(f)) + max(len(row["y"]), len(z), max_new_tokens))
-        largest = max(largest, *row["x"], *row["y"], *z)
-    check_fits(model, tokens, largest, "prompt and response")
+        f = row.get("f", [])  # the prompt of RAC's labels
+        responses = [
+            row[name] for name in ("y", "y_hat", "z", "z_bar") if name in row
+        ]  # z: RAC's, or DPO's rejected one
+        tokens = max(len(row["x"]), len(f)) + max(max_new_tokens, *map(len, responses))
+        largest = max(max(ids, default=0) for ids in (row["x"], *responses))
+        check_fits(model, tokens, largest, f"row {row['id']}: prompt and response")
     size = min(args.batch_size, len(examples))
     accumulation = math.ceil(math.ceil(size / WORLD) / args.micro_batch_size)
     print0(f"batch {size} = {WORLD} processes x {accumulation} micro-batches of up to {args.micro_batch_size} rows")
@@ -625,6 +629,25 @@ def start(
 
         run.watch = evaluate.watch(run)
     return run, examples
+
+
+def start_with_pairs(
+    args: argparse.Namespace, load_examples: Callable, pair: tuple[str, str], max_new_tokens: int = 0
+) -> tuple[Run, datasets.Dataset, datasets.Dataset | None]:
+    """As `start`; and the rows of --pairs. Where no phase learns from other rows, they are the examples: --data is not
+    read then."""
+    if args.pairs is None:
+        return *start(args, load_examples, max_new_tokens), None
+    if args.iterations == 1 and not args.sft_epochs:
+
+        def load_pairs(args: argparse.Namespace, tokenizer: AutoTokenizer) -> tuple[datasets.Dataset, list[str]]:
+            rows = read_pairs(args.pairs, pair, tokenizer)
+            return rows, [f"{len(rows)} rows of --pairs {args.pairs}; --data, its limit and its lengths are not used"]
+
+        run, pairs = start(args, load_pairs)
+        return run, pairs, pairs
+    run, examples = start(args, load_examples, max_new_tokens)
+    return run, examples, read_pairs(args.pairs, pair, run.tokenizer, run.model)
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -643,15 +666,48 @@ FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size", 
         "activation_checkpointing", "share_prompt", "eval_every", "eval_data", "eval_rows")  # fmt: skip
 
 
-def open_out(args: argparse.Namespace) -> bool:
+def given(args: argparse.Namespace) -> dict[str, object]:
+    """What a command was given: its script, its flags, and for the files and folders among them what they hold."""
+    flags = {key: value for key, value in vars(args).items() if key not in FREE}
+    paths = {key: Path(flags[key]) for key in ("model", "data", "pairs") if flags.get(key)}
+    contents = {f"what --{key} holds": contents_of(path) for key, path in paths.items() if path.exists()}
+    return {"script": Path(sys.argv[0]).name, **flags, **contents}
+
+
+def contents_of(path: Path) -> str:
+    """Size and CRC-32 of a file, or of the weights or rows in a folder. Of a large file 16 MiB are read, spread over it
+    (retrained weights differ everywhere; to read all of a 70B model would take minutes)."""
+    size = crc = 0
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".arrow"))
+    )
+    for file in files:
+        with open(file, "rb") as stream:
+            length = os.fstat(stream.fileno()).st_size
+            size += length
+            for start in range(0, length, max(1 << 20, length // 16)):
+                stream.seek(start)
+                crc = zlib.crc32(stream.read(1 << 20), crc)
+    return f"{size} bytes, CRC-32 {crc:08x}"
+
+
+def open_out(
+    args: argparse.Namespace,
+    begun: tuple[str, ...] = ("D_*", "log.jsonl"),
+    done: str = "config.json",
+    free: tuple[str, ...] = (),
+) -> bool:
     """Claims --out for this command and writes args.json. False: this very command has finished there before.
 
+    begun: patterns of what is in --out, not empty, once work has begun; done: the file that marks the end; free: flags
+    that change no result, beside FREE.
     Raises ValueError where --out holds another command's run (naming the flags that differ), or is in use.
     """
     if not args.out.strip():
         raise ValueError("--out is empty: give a folder")
-    out = Path(args.out)
-    flags = {key: value for key, value in vars(args).items() if key not in FREE}
+    out, flags = Path(args.out), given(args)
     if RANK == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -664,23 +720,26 @@ def open_out(args: argparse.Namespace) -> bool:
         except BlockingIOError:
             raise ValueError(f"--out {out}: another run is writing there") from None
     barrier()
-    begun = any(out.glob("D_*")) or (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 0
-    if (out / "args.json").exists() and (begun or (out / "config.json").exists()):
+    made = (out / done).exists() or (out / "config.json").exists()
+    if (out / "args.json").exists() and (made or any(p.stat().st_size for name in begun for p in out.glob(name))):
         try:
             old = dict(json.loads((out / "args.json").read_text()))
         except (ValueError, TypeError):
             raise ValueError(f"--out {out}: args.json is broken; choose another folder or delete it") from None
-        differ = sorted(k for k in old.keys() | flags.keys() if k in flags and old.get(k) != flags[k])
+        differ = sorted(key for key in old.keys() | flags.keys() if old.get(key) != flags.get(key) and key not in free)
+        if old.get("script", flags["script"]) != flags["script"]:  # whose flags are others
+            differ = ["script"]
         if differ:
-            named = ", ".join(f"--{key.replace('_', '-')} {old.get(key)} -> {flags[key]}" for key in differ)
+            names = {key: f"--{key.replace('_', '-')}" for key in vars(args)}
+            named = ", ".join(f"{names.get(key, key)} {old.get(key)} -> {flags.get(key)}" for key in differ)
             raise ValueError(f"--out {out} belongs to another run ({named}); choose another folder or delete it")
-        if (out / "config.json").exists():
+        if (out / done).exists():
             print0(f"{out}: already done")
             if RANK == 0:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)
             return False
-    elif (out / "config.json").exists():
-        raise ValueError(f"--out {out} holds a model that this stage did not make; choose another folder")
+    elif made:
+        raise ValueError(f"--out {out} holds a model or results that this command did not make; choose another folder")
     barrier()
     if RANK == 0:
         write_json(out / "args.json", flags)
@@ -692,7 +751,7 @@ def claim_file(args: argparse.Namespace) -> tuple[Path, Callable[[], None]]:
     """--out of a command that writes one file, and what to call when its work begins: that leaves the flags beside it.
 
     Raises ValueError where the file exists, or where another call's work is left beside it."""
-    out, flags, kept = Path(args.out), Path(args.out + ".args.json"), vars(args).copy()
+    out, flags, kept = Path(args.out), Path(args.out + ".args.json"), given(args)
     if out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another file or delete it")
     try:
@@ -841,4 +900,4 @@ def read_pairs(
         if model is not None:
             largest = max(token for name in columns for token in row[name])
             check_fits(model, len(row["x"]) + max(a, len(row["y"])), largest, f"--pairs {folder}, row {i}: x and y")
-    return data
+    return data if "id" in data.column_names else data.add_column("id", list(range(len(data))))

@@ -314,25 +314,6 @@ def train_seconds(folder: str) -> float | None:
     return sum(row.get("seconds", 0) for row in data.read(str(log)) + made)
 
 
-def claim(args: argparse.Namespace) -> bool:
-    """Claims --out for these flags. False where they are done; ValueError where --out holds what other flags made."""
-    out = Path(args.out)
-    if any(made for name in ("results.json", "generations*", "exposure*", "recovery*") for made in out.glob(name)):
-        try:
-            old = dict(json.loads((out / "args.json").read_text()))
-        except (OSError, ValueError, TypeError):  # gone or broken
-            old = {}
-        flags = {key: value for key, value in vars(args).items() if key not in (*ddp.FREE, "batch_size")}
-        differ = [key for key in flags if old.get(key) != flags[key]]
-        if differ:
-            named = ", ".join(f"--{key.replace('_', '-')} {old.get(key)} -> {flags[key]}" for key in differ)
-            raise ValueError(f"--out {out} holds another evaluation ({named}); choose another folder or delete it")
-        if (out / "results.json").exists():
-            ddp.print0(f"{out / 'results.json'}: already done")
-            return False
-    return ddp.open_out(args)
-
-
 def run(args: argparse.Namespace) -> None:
     """Measures one model and writes OUT/results.json."""
     ddp.init()
@@ -351,7 +332,8 @@ def run(args: argparse.Namespace) -> None:
         if args.task != "math":
             raise ValueError(f"--math-verify is for --task math, not {args.task}")
         optional("math_verify", "math-verify")
-    if not claim(args):
+    begun = ("results.json", "generations*", "exposure*", "recovery*")
+    if not ddp.open_out(args, begun, "results.json", free=("batch_size",)):
         return
     tokenizer = ddp.load_tokenizer(args.model)
     examples, notes = data.load(args, tokenizer, args.split)

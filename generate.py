@@ -473,17 +473,16 @@ def mix_segment(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, key
 
 METHODS = {"token": mix_token, "parallel": mix_parallel, "segment": mix_segment}
 # How many positions a pass of mix_parallel redraws, over all rows: with more there are fewer passes, of more tokens.
-# cpu: measured on one core with the model of benchmarks/mixing.py, for 16 … 192. 32 was the best or within 6 % of it in
-# batches of 16 (β = 0.05, 0.2, 0.5; 128 tokens); in batches of 1 it matters only at β = 0.5 (16: 0.9 s, 32: 1.0 s, 64:
-# 1.3 s). A window of so many tokens behind the last one redrawn, in place of the last final one, was slower throughout.
-# cuda, where a pass costs nearly the same for hundreds of tokens: not yet measured.
+# cpu: the best of 16 … 192, or near it, for the model of benchmarks/mixing.py on one core. A window of so many tokens
+# behind the last one redrawn, in place of the last final one, was slower. cuda, where a pass costs nearly the same for
+# hundreds of tokens: not yet measured.
 REDRAW = {"cpu": 32, "cuda": 1024}
 
 
 def choose(beta: float) -> str:
-    """The method of "auto". In that setting "parallel" took 0.13 of the time of "token" at β = 0.05, 0.23 at 0.2, 0.6
-    at 0.5 in batches of 1, and 0.5, 0.7 and 1.0 in batches of 16; "segment" was behind it, or within its noise. At
-    β = 0.75 (1.0-1.2, with an earlier decoder) nearly every position waits for the one before it."""
+    """The method of "auto". In results/mixing.json, at 128 tokens, "parallel" takes 0.13 of the time of "token" at
+    β = 0.05, 0.23 at 0.2, 0.6 at 0.5 in batches of 1, and 0.5, 0.7 and 1.0 in batches of 16; "segment" is behind it, or
+    within its noise. With a larger β ever more positions wait for the one before them."""
     return "parallel" if beta <= 0.6 else "token"
 
 

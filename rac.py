@@ -59,6 +59,7 @@ IMPLAUSIBLE, SAMPLE = 0.01, 200  # measured on so many rows
 SOFT = ("top_ids", "top_logp")  # the columns of --labels topk
 
 
+# ---------------------------------------------------------------------------------------------- Algorithm 2
 def rac_loss(
     logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, mask: torch.Tensor, masked: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,30 +71,6 @@ def rac_loss(
     nll = F.cross_entropy(logits.float().flatten(0, 1), z_bar.flatten(), reduction="none").view_as(z)  # [B, L]
     learn = mask.bool() & (z_bar != z) if masked else mask.bool()
     return nll[learn].sum(), mask.sum().float()
-
-
-def rac_soft_loss(
-    logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, top_ids: torch.Tensor, top_logp: torch.Tensor,
-    mask: torch.Tensor, masked: bool = True, reverse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Eq. 7 (or 6) with a distribution q as target: the K largest probabilities of p(. | f(x, y), z^{<j}).
-
-    Forward: -sum_j 1(z_bar^j != z^j) sum_k q_k log p_k with q renormalised over its K tokens; but for a constant,
-    KL(q || p). Reverse: KL(p || q) over K + 1 outcomes, the K tokens and all others as one (whose probability is taken
-    as 1e-6 where it is less); nothing is renormalised.
-    logits: [B, L, V], p given (x, z^{<j}). z, z_bar, mask: [B, L]. top_ids, top_logp: [B, L, K], log q as stored.
-    Returns (loss_sum, n_tokens), float32 scalars, as rac_loss.
-    """
-    logits, log_q = logits.float(), top_logp.float()
-    log_p = logits.gather(-1, top_ids) - logits.logsumexp(-1, keepdim=True)  # [B, L, K]
-    if reverse:
-        others = [torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6)) for t in (log_p, log_q)]
-        log_p, log_q = torch.cat([log_p, others[0]], -1), torch.cat([log_q, others[1]], -1)  # [B, L, K + 1]
-        each = (log_p.exp() * (log_p - log_q)).sum(-1)
-    else:
-        each = -(log_q.softmax(-1) * log_p).sum(-1)  # [B, L]
-    learn = mask.bool() & (z_bar != z) if masked else mask.bool()
-    return each[learn].sum(), mask.sum().float()
 
 
 @torch.no_grad()
@@ -122,63 +99,10 @@ def rac_labels(
     return labels
 
 
-def rac_top_labels(
-    model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], k: int, batch_size: int = 8
-) -> list[dict[str, list]]:
-    """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp ([L][k])."""
-    labels: list[dict[str, list]] = [{} for _ in z]
-    for some, logits in z_logits(model, reference_prompts, z, batch_size):
-        logits = logits.float()
-        top, ids = logits.topk(k)  # [B, L, k], the largest first
-        logp = top - logits.logsumexp(dim=-1, keepdim=True)
-        for i, ids_i, logp_i in zip(some, ids.tolist(), logp.tolist(), strict=True):
-            n = len(z[i])
-            labels[i] = {"z_bar": [q[0] for q in ids_i[:n]], "top_ids": ids_i[:n], "top_logp": logp_i[:n]}
-    return labels
-
-
-def plausible_labels(
-    model: torch.nn.Module,
-    x: list[list[int]],
-    z: list[list[int]],
-    z_bar: list[list[int]],
-    p: float,
-    batch_size: int = 8,
-) -> list[list[int]]:
-    """z_bar^j where p(z_bar^j | x, z^{<j}) >= p; elsewhere z^j, which Eq. 7 masks. One pass over [x, z]."""
-    kept: list[list[int]] = [[] for _ in z]
-    for some, logits in z_logits(model, x, z, batch_size):
-        labels, _ = data.pad_responses([z_bar[i] for i in some], logits.device)  # [B, L]
-        logp = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        for i, row in zip(some, logp.exp().tolist(), strict=True):
-            kept[i] = [label if q >= p else own for label, own, q in zip(z_bar[i], z[i], row)]
-    return kept
-
-
 def to_last_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[int]]:
     """z and z_bar up to the last position where they differ; both empty where there is none."""
     n = max((j + 1 for j in range(len(z)) if z[j] != z_bar[j]), default=0)
     return z[:n], z_bar[:n]
-
-
-def to_first_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[int]]:
-    """The same for the first such position: the mask of Eq. 7 leaves that one alone."""
-    n = min((j + 1 for j in range(len(z)) if z[j] != z_bar[j]), default=0)
-    return z[:n], z_bar[:n]
-
-
-def soft_term(run: ddp.Run, rows: list[dict], z: data.Rows, z_bar: data.Rows) -> tuple:
-    """The term of data.losses for rac_soft_loss. Targets there are ids: each token of z brings the number of its q."""
-    args, device = run.args, run.device
-    ids, logp = ([q for row, own in zip(rows, z) for q in row[name][: len(own)]] for name in SOFT)
-    numbers = iter(range(len(ids)))
-    ids = torch.tensor(ids, dtype=torch.long, device=device).view(-1, args.topk)  # [tokens, K]
-    logp = torch.tensor(logp, dtype=torch.float32, device=device).view_as(ids)
-
-    def loss(logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, at: torch.Tensor, mask: torch.Tensor) -> tuple:
-        return rac_soft_loss(logits, z, z_bar, ids[at], logp[at], mask, not args.unmasked, args.kl == "reverse")
-
-    return loss, z, z, z_bar, [[next(numbers) for _ in own] for own in z]
 
 
 def with_z(run: ddp.Run, args: argparse.Namespace, iteration: int, rows: list[dict]) -> list[dict]:
@@ -196,37 +120,43 @@ def with_z(run: ddp.Run, args: argparse.Namespace, iteration: int, rows: list[di
     return [row | {"z": samples[0]} for row, samples in zip(rows, drawn, strict=True)]
 
 
-def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
-    """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13), or labelled by that of --model."""
+def make_d_r(
+    run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int, pairs: Dataset | None = None
+) -> Dataset:
+    """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13), or labelled by that of --model; or
+    `pairs`. Tells how many corrections are implausible, and leaves out what --plausible does."""
     draw = partial(with_z, run, args, iteration)
-    every = math.ceil(len(examples) / SAMPLE)
-    seen = torch.zeros(2, device=run.device)  # corrections, and the plausible ones among them
+    every = math.ceil(len(examples if pairs is None else pairs) / SAMPLE)
+    seen = torch.zeros(2, device=run.device)  # corrections in some rows, and the plausible ones among them
 
     def label(model: torch.nn.Module, rows: list[dict]) -> list[dict]:
-        f, x, z = ([row[name] for row in rows] for name in ("f", "x", "z"))
+        f, z = ([row[name] for row in rows] for name in ("f", "z"))
         if args.labels == "topk":
             labels = rac_top_labels(model, f, z, args.topk, args.micro_batch_size)
         else:
             labels = [{"z_bar": z_bar} for z_bar in rac_labels(model, f, z, args.micro_batch_size)]
-        z_bar = [row["z_bar"] for row in labels]
-        some = [i for i, row in enumerate(rows) if row["id"] % every == 0]
-        sample = [[column[i] for i in some] for column in (x, z, z_bar)]
-        likely = plausible_labels(model, *sample, IMPLAUSIBLE, args.micro_batch_size)
-        seen.add_(torch.tensor([corrections(sample[1], sample[2]), corrections(sample[1], likely)], device=run.device))
+        return [{k: row[k] for k in ("id", "x", "y", "z")} | found for row, found in zip(rows, labels, strict=True)]
+
+    def keep(model: torch.nn.Module, rows: list[dict]) -> list[dict]:
+        x, z, z_bar = ([row[name] for row in rows] for name in ("x", "z", "z_bar"))
+        some = [column[::every] for column in (x, z, z_bar)]
+        likely = plausible_labels(model, *some, IMPLAUSIBLE, args.micro_batch_size)
+        seen.add_(torch.tensor([corrections(some[1], some[2]), corrections(some[1], likely)], device=run.device))
         if args.plausible:
             z_bar = plausible_labels(model, x, z, z_bar, args.plausible, args.micro_batch_size)
-        kept = [{name: row[name] for name in ("id", "x", "y", "z")} for row in rows]
-        return [row | found | {"z_bar": own} for row, found, own in zip(kept, labels, z_bar, strict=True)]
+        return [row | {"z_bar": kept} for row, kept in zip(rows, z_bar, strict=True)]
 
     name = f"D_r_{iteration}"
     same = args.labels_from == "current" or iteration == 1 and not args.sft_epochs
-    if same or (run.out / name).exists():
-        d_r = run.offline(name, lambda rows: label(run.model, draw(rows)), examples)
+    if pairs is not None:
+        d_r = run.offline(name, partial(keep, run.model), pairs)
+    elif same or (run.out / name).exists():
+        d_r = run.offline(name, lambda rows: keep(run.model, label(run.model, draw(rows))), examples)
     else:
         drawn = run.offline(f"D_z_{iteration}", draw, examples)
         # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
         start = ddp.model_of(args)
-        d_r = ddp.offline(run.out / name, partial(label, start), drawn, start, run.tokenizer)
+        d_r = ddp.offline(run.out / name, lambda rows: keep(start, label(start, rows)), drawn, start, run.tokenizer)
     found, plausible = ddp.all_sum(seen).tolist()
     if found:
         share, hint = 1 - plausible / found, ""
@@ -238,6 +168,7 @@ def make_d_r(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteratio
     return d_r
 
 
+# ---------------------------------------------------------------------------------------------- what a D_r holds
 def corrections(z: data.Rows, z_bar: data.Rows) -> int:
     """Tokens that differ."""
     return sum(a != b for rows in zip(z, z_bar, strict=True) for a, b in zip(*rows, strict=True))
@@ -271,6 +202,85 @@ def report(d_r: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, path: Pa
         ddp.write_json(path, found)
 
 
+# ---------------------------------------------------------------------------------------------- beyond the paper
+def rac_soft_loss(
+    logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, top_ids: torch.Tensor, top_logp: torch.Tensor,
+    mask: torch.Tensor, masked: bool = True, reverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Eq. 7 (or 6) with a distribution q as target: the K largest probabilities of p(. | f(x, y), z^{<j}).
+
+    Forward: -sum_j 1(z_bar^j != z^j) sum_k q_k log p_k with q renormalised over its K tokens; but for a constant,
+    KL(q || p). Reverse: KL(p || q) over K + 1 outcomes, the K tokens and all others as one (whose probability is taken
+    as 1e-6 where it is less); nothing is renormalised.
+    logits: [B, L, V], p given (x, z^{<j}). z, z_bar, mask: [B, L]. top_ids, top_logp: [B, L, K], log q as stored.
+    Returns (loss_sum, n_tokens), float32 scalars, as rac_loss.
+    """
+    logits, log_q = logits.float(), top_logp.float()
+    log_p = logits.gather(-1, top_ids) - logits.logsumexp(-1, keepdim=True)  # [B, L, K]
+    if reverse:
+        others = [torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6)) for t in (log_p, log_q)]
+        log_p, log_q = torch.cat([log_p, others[0]], -1), torch.cat([log_q, others[1]], -1)  # [B, L, K + 1]
+        each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    else:
+        each = -(log_q.softmax(-1) * log_p).sum(-1)  # [B, L]
+    learn = mask.bool() & (z_bar != z) if masked else mask.bool()
+    return each[learn].sum(), mask.sum().float()
+
+
+def rac_top_labels(
+    model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], k: int, batch_size: int = 8
+) -> list[dict[str, list]]:
+    """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp ([L][k])."""
+    labels: list[dict[str, list]] = [{} for _ in z]
+    for some, logits in z_logits(model, reference_prompts, z, batch_size):
+        logits = logits.float()
+        top, ids = logits.topk(k)  # [B, L, k], the largest first
+        logp = top - logits.logsumexp(dim=-1, keepdim=True)
+        for i, ids_i, logp_i in zip(some, ids.tolist(), logp.tolist(), strict=True):
+            n = len(z[i])
+            labels[i] = {"z_bar": [q[0] for q in ids_i[:n]], "top_ids": ids_i[:n], "top_logp": logp_i[:n]}
+    return labels
+
+
+def soft_term(run: ddp.Run, rows: list[dict], z: data.Rows, z_bar: data.Rows) -> tuple:
+    """The term of data.losses for rac_soft_loss. Targets there are ids: each token of z brings the number of its q."""
+    args, device = run.args, run.device
+    ids, logp = ([q for row, own in zip(rows, z) for q in row[name][: len(own)]] for name in SOFT)
+    numbers = iter(range(len(ids)))
+    ids = torch.tensor(ids, dtype=torch.long, device=device).view(-1, args.topk)  # [tokens, K]
+    logp = torch.tensor(logp, dtype=torch.float32, device=device).view_as(ids)
+
+    def loss(logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, at: torch.Tensor, mask: torch.Tensor) -> tuple:
+        return rac_soft_loss(logits, z, z_bar, ids[at], logp[at], mask, not args.unmasked, args.kl == "reverse")
+
+    return loss, z, z, z_bar, [[next(numbers) for _ in own] for own in z]
+
+
+def plausible_labels(
+    model: torch.nn.Module,
+    x: list[list[int]],
+    z: list[list[int]],
+    z_bar: list[list[int]],
+    p: float,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """z_bar^j where p(z_bar^j | x, z^{<j}) >= p; elsewhere z^j, which Eq. 7 masks. One pass over [x, z]."""
+    kept: list[list[int]] = [[] for _ in z]
+    for some, logits in z_logits(model, x, z, batch_size):
+        labels, _ = data.pad_responses([z_bar[i] for i in some], logits.device)  # [B, L]
+        logp = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        for i, row in zip(some, logp.exp().tolist(), strict=True):
+            kept[i] = [label if q >= p else own for label, own, q in zip(z_bar[i], z[i], row)]
+    return kept
+
+
+def to_first_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[int]]:
+    """`to_last_correction` for the first one: the mask of Eq. 7 leaves that one alone."""
+    n = min((j + 1 for j in range(len(z)) if z[j] != z_bar[j]), default=0)
+    return z[:n], z_bar[:n]
+
+
+# ----------------------------------------------------------------------------------------------
 def main() -> None:
     parser = ddp.parser(__doc__, sorted(data.TASKS))
     parser.add_argument("--iterations", type=ddp.count, default=1, help="H")
@@ -282,8 +292,8 @@ def main() -> None:
     parser.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
     parser.add_argument("--unmasked", action="store_true", help="Eq. 6 instead of Eq. 7")
     parser.add_argument("--labels", choices=["hard", "topk"], default="hard", help="z_bar, or the distribution it tops")
-    parser.add_argument("--topk", type=ddp.number(1, kind=int), default=16, help="K of --labels topk")
-    parser.add_argument("--kl", choices=["forward", "reverse"], default="forward", help="of --labels topk")
+    parser.add_argument("--topk", type=ddp.number(1, kind=int), help="K of --labels topk (default: 16)")
+    parser.add_argument("--kl", choices=["forward", "reverse"], help="of --labels topk (default: forward)")
     parser.add_argument("--labels-from", choices=["current", "start"], default="current", help="whose labels")
     parser.add_argument("--first-correction-only", action="store_true", help="one correction of each z")
     parser.add_argument("--plausible", type=ddp.number(0, 1), default=0.0, help="least probability of a correction")
@@ -294,12 +304,14 @@ def main() -> None:
         raise ValueError("--unmasked learns every token, --first-correction-only one: choose")
     if args.unmasked and args.plausible:
         raise ValueError("--unmasked learns every label, --plausible leaves some out: choose")
-    run, examples = ddp.start(args, data.load, args.max_response or data.TASKS[args.task].max_response)
+    if args.labels == "hard" and (args.topk or args.kl):
+        raise ValueError("--topk and --kl are for --labels topk")
+    args.topk = args.topk or 16
+    max_response = args.max_response or data.TASKS[args.task].max_response
+    run, examples, pairs = ddp.start_with_pairs(args, data.load, ("z", "z_bar"), max_response)
     if args.labels == "topk" and args.topk > run.model.config.vocab_size:
         raise ValueError(f"--topk {args.topk}: the model's vocabulary has {run.model.config.vocab_size} tokens")
-    pairs = None
-    if args.pairs is not None:  # read first: what is wrong with them shows before any training
-        pairs = ddp.read_pairs(args.pairs, ("z", "z_bar"), run.tokenizer, run.model)
+    if pairs is not None:
         k = [len(q) for q in pairs[0]["top_ids"]] if set(SOFT) <= set(pairs.column_names) else []
         if args.labels == "topk" and k != [args.topk] * len(pairs[0]["z"]):
             raise ValueError(f"--pairs {args.pairs}: was not made with --labels topk --topk {args.topk}")
@@ -308,7 +320,7 @@ def main() -> None:
     cut = to_first_correction if args.first_correction_only else to_last_correction
     weight, loss = {"rac": 1.0, "sft": args.sft_weight}, partial(rac_loss, masked=not args.unmasked)
     for iteration in range(1, args.iterations + 1):  # line 7
-        d_r = pairs if pairs and iteration == 1 else make_d_r(run, examples, args, iteration)  # lines 8-13
+        d_r = make_d_r(run, examples, args, iteration, pairs if iteration == 1 else None)  # lines 8-13
         report(d_r, run.tokenizer, args.task, run.out / f"D_r_{iteration}.json")
         for batch, micro_batches in run.steps(d_r, args.epochs):  # lines 14-15
             # tokens of the global batch, of z the masked ones included

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/study.py run                   # hours on two cores; called again, it goes on
     OMP_NUM_THREADS=1 python benchmarks/study.py run --only labels     # one factor (see FACTORS); --seeds 1 2: fewer
+    OMP_NUM_THREADS=1 python benchmarks/study.py again                 # results/study/again.md: two cells once more
     python benchmarks/study.py report                                  # results/study/: tables and plots of the rows
     python benchmarks/study.py shares                                  # results/study/: implausible corrections
 
@@ -43,7 +44,7 @@ import show  # noqa: E402
 import toy  # noqa: E402
 
 ROWS = ROOT / "results" / "study" / "rows.jsonl"
-TEST, VALID = 300, 150
+TEST, VALID, SEEDS = 300, 150, [1, 2, 3, 4, 5]
 
 
 # ---------------------------------------------------------------------------------------------- the grid
@@ -55,7 +56,9 @@ class Start:
               once       each sum is written once: to put it right takes the whole chain again, from the question
               arbitrary  written twice, results at random: a first result cannot be known, the second copies it
               easy       twice, with operands that the base has learnt: errors are slips of sampling
+              apart      twice, each step from a number that the question gives: an error stays in its step
     replay    SFT keeps documents that read a reference, one for each two problems
+    base      steps of the base model's training: the more, the better it reads a reference
     """
 
     problems: str = "twice"
@@ -63,6 +66,7 @@ class Start:
     sft_steps: int = 160
     width: int = 96
     replay: bool = False
+    base: int = 900
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +107,16 @@ def cells(start: Start = Start(), methods: str = "sft sft-more scs bash rac orac
     return [dataclasses.replace(known[name], start=start, **settings) for name in methods.split()]
 
 
-SFT_MORE = cells(methods="sft-more")[0]
+SFT_MORE, SFT_COMPUTE = cells(methods="sft-more sft-compute")
 PLAIN = "sft-more bash rac oracle-results"
+ALL = "sft sft-compute " + PLAIN
+LONGER = Start(base=3600)
 FACTORS = {  # in the order in which they run
     "methods": cells(methods="sft sft-more sft-compute scs bash rac oracle"),
     "labels": [Cell(f"results-{p:g}", "rac", labels=f"added-{p:g}-results") for p in (0.9, 0.75, 0.5)]
     + [Cell("base", "rac", labels="base")]
-    + cells(Start(replay=True), "sft sft-more rac"),
+    + [Cell("teacher", "rac", labels="teacher")]
+    + cells(Start(replay=True), "sft sft-compute sft-more rac"),
     "kept": [
         Cell("unmasked", "rac", "--unmasked", "current"),
         Cell("oracle-unmasked", "rac", "--unmasked", "oracle"),
@@ -122,11 +129,18 @@ FACTORS = {  # in the order in which they run
         Cell("sure-0.9", "rac", labels="sure-0.9"),
         Cell("sure-0.9-plausible-0.001", "rac", labels="sure-0.9-plausible-0.001"),
         Cell("base-plausible-0.001", "rac", labels="base-plausible-0.001"),
+        Cell("teacher-plausible-0.001", "rac", labels="teacher-plausible-0.001"),
         Cell("plausible-0.001", "rac", labels="plausible-0.001", start=Start(replay=True)),
     ],
-    "problems": [cell for kind in ("easy", "once", "arbitrary") for cell in cells(Start(kind), "sft " + PLAIN)],
-    "data": [cell for n in (125, 2000) for cell in cells(Start(n=n), "sft " + PLAIN)],
-    "saturation": cells(Start(sft_steps=640), "sft " + PLAIN),
+    "base": cells(LONGER, ALL)
+    + [Cell(f"plausible-{p:g}", "rac", labels=f"plausible-{p:g}", start=LONGER) for p in (0.1, 0.01, 0.001)],
+    "problems": [cell for kind in ("easy", "once", "arbitrary") for cell in cells(Start(kind), ALL)]
+    + [
+        *cells(Start("apart"), ALL + " oracle"),
+        Cell("plausible-0.01", "rac", labels="plausible-0.01", start=Start("apart")),
+    ],
+    "data": [cell for n in (125, 2000) for cell in cells(Start(n=n), ALL)],
+    "saturation": cells(Start(sft_steps=640), ALL),
     "beta": [Cell(f"bash-beta{b:g}", "bash", f"--beta {b:g}") for b in (0.5, 1)]
     + [Cell("bash-T0.5", "bash", "--temperature 0.5"), Cell("oracle-T0", "rac", labels="oracle", temperature=0)],
     "lr": cells(methods=PLAIN, lr=3e-4),
@@ -135,19 +149,37 @@ FACTORS = {  # in the order in which they run
         Cell("oracle-alone", "rac", "--sft-weight 0", "oracle"),
     ],
     "length": cells(methods=PLAIN, steps=32),
-    "iterations": [Cell(f"{m}-4", m, "--iterations 4", steps=96 // 4) for m in ("bash", "rac")],
-    "size": cells(Start(width=48), "sft " + PLAIN),
+    "iterations": [
+        Cell("bash-4", "bash", "--iterations 4", steps=96 // 4),
+        Cell("rac-4", "rac", "--iterations 4", steps=96 // 4),
+        Cell("rac-4-start", "rac", "--iterations 4 --labels-from start", steps=96 // 4),
+        Cell("rac-4-plausible-0.01", "rac", "--iterations 4 --plausible 0.01", steps=96 // 4),
+    ],
+    "preferences": [
+        Cell(f"{m}-beta{b:g}", m, f"--beta {b:g}", lr=lr)
+        for m in ("spin", "dpo")
+        for lr in (1e-4, 1e-3)
+        for b in (0.1, 1)
+    ],
+    "size": cells(Start(width=48), ALL),
 }
-CHOSEN_FROM = {cell.key for factor in ("methods", "beta", "weight", "length", "lr") for cell in FACTORS[factor]}
+AGAIN = cells(methods="sft-more oracle-results")
+CHOSEN_FROM = {cell.key for cells in FACTORS.values() for cell in cells if cell.start == Start()}
 
 
 # ---------------------------------------------------------------------------------------------- one run
 def base_of(out: Path, start: Start, seed: int) -> Path:
-    return out / f"base-{start.width}-{'BA'[seed % 2]}"
+    return out / "-".join(["base", str(start.width), *[str(start.base)] * (start.base != Start.base), "BA"[seed % 2]])
+
+
+def teacher_of(cell: Cell) -> Start:
+    """The start whose base model gives the labels `base` and `teacher`."""
+    return dataclasses.replace(cell.start, base=LONGER.base) if "teacher" in cell.labels else cell.start
 
 
 def home_of(out: Path, start: Start, seed: int) -> Path:
     parts = [start.problems, f"n{start.n}", f"sft{start.sft_steps}", f"w{start.width}", *["replay"] * start.replay]
+    parts += [f"base{start.base}"] * (start.base != Start.base)
     return out / "-".join(parts) / f"seed-{seed}"
 
 
@@ -181,8 +213,22 @@ def make_data(folder: Path, start: Start, seed: int) -> None:
         seen |= {row["prompt"] for row in rows}
         if start.problems == "once":
             rows = [row | {"response": re.sub(r" , again [^.]*(?= \.)", "", row["response"])} for row in rows]
+        if start.problems == "apart":
+            rows = [apart(row) for row in rows]
         (partial_folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     partial_folder.rename(folder)
+
+
+def apart(row: dict) -> dict:
+    """`second amy gives 9` becomes `second amy has 31 , gives 9`, with a number at random."""
+    rng, x, y = random.Random(row["prompt"]), row["prompt"], row["response"]
+    for ordinal, verb, b, sign in re.findall(r"(\w+) (\w+) (\d+) : \d+ ([+-])", y):
+        a = rng.choice([n for n in range(toy.TOP + 1) if 0 <= toy.add(n, sign, b) <= toy.TOP])
+        result = toy.add(a, sign, b)
+        x = re.sub(rf"({ordinal} \w+) {verb}", rf"\1 has {a} , {verb}", x)
+        total = f"{a} {sign} {b} = {result}"
+        y = re.sub(rf"({ordinal} {verb} {b} :) [^.]*", rf"\1 {total} , again {total} ", y)
+    return row | {"prompt": x, "response": re.sub(r"#### \d+", f"#### {result}", y)}
 
 
 def ids_of(text: str) -> list[int]:
@@ -212,7 +258,8 @@ def columns(rows: list[dict], *names: str) -> list[list]:
 def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, problems: str) -> None:
     """A D_r with other labels on the same z. labels: whose, or whose-which, or which (current).
 
-    current    those of the model that drew z: the paper's        base   the base model's, before any fine-tuning
+    current    those of the model that drew z: the paper's
+    base       the base model's, before any fine-tuning           teacher   those of a base model trained for longer
     oracle     the right ones (for arbitrary problems, y's token at the same place)
     added-P    the right ones, and wrong ones where z is right, at random: of the numbers that differ, P are right
     and of those that differ from z, all, or only (z_bar = z elsewhere):
@@ -221,10 +268,10 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
     plausible-P  where the model that drew z, not shown the reference, gives them at least P
     """
     said = dict(re.findall(r"([a-z]+)-?([0-9.]*)", labels))  # {"oracle": "", "plausible": "0.01"}
-    whose = next((name for name in said if name in ("current", "base", "oracle", "added")), "current")
+    whose = next((name for name in said if name in ("current", "base", "teacher", "oracle", "added")), "current")
     whose = "oracle" if labels == "results" else whose
     rows, rng = [dict(row) for row in load_from_disk(str(drawn / "D_r_1"))], random.Random(f"labels {seed}")
-    if whose == "base":
+    if whose in ("base", "teacher"):
         texts = ({"x": " ".join(toy.to_words(row["x"])), "y": " ".join(toy.to_words(row["y"])[:-1])} for row in rows)
         f = [ids_of(toy.REFERENCE_TEMPLATE.format(**text)) for text in texts]
         model = ddp.load_model(str(base), "float32")
@@ -263,6 +310,11 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
     made.rename(folder)
 
 
+def make_preferences(path: Path, drawn: Path) -> None:
+    rows = toy.preferences(dict(row) for row in load_from_disk(str(drawn / "D_r_1")))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def start_job(out: Path, start: Start, seed: int) -> Iterator[Callable[[], None]]:
     """Data, SFT, and z of the SFT model with its labels."""
     home = home_of(out, start, seed)
@@ -297,9 +349,14 @@ def cell_job(out: Path, cell: Cell, seed: int) -> Iterator[Callable[[], None]]:
                 made = f"--epochs 0 --labels topk --topk 1 --temperature {cell.temperature} --out {drawn}"
                 yield script(f"rac.py --model {home}/sft {flags} {made}", log)
             if not pairs.exists():
-                base = base_of(out, cell.start, seed)
+                base = base_of(out, teacher_of(cell), seed)
                 yield partial(make_pairs, pairs, drawn, cell.labels, base, seed, cell.start.problems)
             words += f" --pairs {pairs}"
+        if cell.stage == "dpo":
+            preferences = home / "preferences.jsonl"
+            if not preferences.exists():
+                yield partial(make_preferences, preferences, home / "z-1")
+            words += f" --data {preferences}"
         yield script(f"{words} --out {folder}", log)
     model = folder if cell.stage else home / "sft"
     test = f"evaluate.py run --model {model} --task toy --split test --name {cell.name} --seed {seed} --generations 1"
@@ -390,37 +447,39 @@ def schedule(jobs: list[tuple[str, Iterator[Callable[[], None]], Callable[[], No
     return failed
 
 
-def read_rows() -> dict[tuple[str, int], dict]:
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return {(json.dumps(row["cell"], sort_keys=True), row["seed"]): row for row in rows}
+def read_rows(path: Path = ROWS) -> dict[tuple[str, int], dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    starts = [Start(**row["cell"]["start"]) for row in rows]  # a field that came later has its default in older rows
+    return {(Cell(**row["cell"] | {"start": s}).key, row["seed"]): row for s, row in zip(starts, rows, strict=True)}
 
 
-def run(args: argparse.Namespace) -> None:
+def run(cells: list[Cell], seeds: list[int], out: Path, at_once: int, path: Path = ROWS) -> None:
+    """Adds to the rows the runs that are not among them."""
     tqdm.monitor_interval = 0  # no thread in a process that forks
-    out, done = Path(args.out).resolve(), read_rows()
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    todo = [(cell, s) for f in args.only for cell in FACTORS[f] for s in args.seeds if (cell.key, s) not in done]
-    todo = list(dict.fromkeys(todo))
+    out, done = out.resolve(), read_rows(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    todo = list(dict.fromkeys((cell, seed) for cell in cells for seed in seeds if (cell.key, seed) not in done))
 
     def keep(cell: Cell, seed: int) -> None:
         row = json.loads((home_of(out, cell.start, seed) / cell.name / "row.json").read_text())
-        with open(ROWS, "a") as file:
+        with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
-    widths = dict.fromkeys((cell.start.width, seed % 2) for cell, seed in todo)
-    bases = []
-    for width, odd in widths:
-        folder = base_of(out, Start(width=width), odd)
-        make = script(f"toy.py base --width {width} --seed {1 - odd} --out {folder}", folder.with_suffix(".log"))
-        bases += [] if folder.exists() else [(folder.name, iter([make]), lambda: None)]
-    failed = schedule(bases, args.jobs, "base models") if bases else 0
+    bases = {}
+    for start, seed in [(start, seed) for cell, seed in todo for start in (cell.start, teacher_of(cell))]:
+        folder, words = base_of(out, start, seed), f"--steps {start.base} --width {start.width} --seed {1 - seed % 2}"
+        if not folder.exists():
+            make = script(f"toy.py base {words} --out {folder}", folder.with_suffix(".log"))
+            bases[folder] = (folder.name, iter([make]), lambda: None)
+    failed = schedule(list(bases.values()), at_once, "base models") if bases else 0
     for start in dict.fromkeys(cell.start for cell, _ in todo):
-        mine = [(cell, seed) for cell, seed in todo if cell.start == start]
-        seeds = dict.fromkeys(seed for _, seed in mine)
-        jobs = [(f"start {start}, seed {seed}", start_job(out, start, seed), lambda: None) for seed in seeds]
-        failed += schedule(jobs, args.jobs, f"starts: {start.problems}, n {start.n}")
-        jobs = [(f"{c.name}, seed {s}", cell_job(out, c, s), partial(keep, c, s)) for c, s in mine]
-        failed += schedule(jobs, args.jobs, f"runs: {start.problems}, n {start.n}")
+        title = f"{start.problems}, n {start.n}"
+        runs = [(cell, seed) for cell, seed in todo if cell.start == start]
+        starts = dict.fromkeys(seed for _, seed in runs)
+        jobs = [(f"start {start}, seed {seed}", start_job(out, start, seed), lambda: None) for seed in starts]
+        failed += schedule(jobs, at_once, f"starts: {title}")
+        jobs = [(f"{c.name}, seed {s}", cell_job(out, c, s), partial(keep, c, s)) for c, s in runs]
+        failed += schedule(jobs, at_once, f"runs: {title}")
     if failed:
         raise ValueError(f"{failed} jobs failed; their logs are in {out}. The same command tries them again")
 
@@ -434,12 +493,12 @@ METRICS = {  # column: key of a row, factor
     "NLL given y": ("nll_y", 1),
     "Copied (%)": ("copied", 100),
 }
-
+OUTCOMES = ("Greedy (%)", "T = 1 (%)", "Restated (%)", "Final (%)")
 
 PLOTS = {
-    "labels": ("methods", "labels", "kept"),
+    "labels": ("methods", "labels", "kept", "base"),
     "starts": ("problems", "data", "saturation", "size"),
-    "settings": ("beta", "lr", "weight", "length", "iterations"),
+    "settings": ("beta", "lr", "weight", "length", "iterations", "preferences"),
 }
 
 
@@ -461,15 +520,14 @@ def plus_minus(mean: float, se: float | None, metric: str, sign: str = "") -> st
     return f"{mean:{sign}.{places}f}" + ("" if se is None else f" ± {se:.{places}f}")
 
 
-def table(factor: str, rows: dict[str, dict[int, dict]]) -> str:
-    """One factor: mean ± s.e. over seeds, and in brackets the paired difference to sft-more (see `control`)."""
+def table(cells: list[Cell], rows: dict[str, dict[int, dict]]) -> str:
+    """Mean ± s.e. over seeds, and in brackets the paired difference to sft-more (see `control`)."""
     head = ["Start", "Cell", "Label precision (%)", "Validation (%)", *METRICS, "Seeds"]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
-    for cell in FACTORS[factor]:
+    for cell in cells:
         if cell.key not in rows:
             continue
-        mine, start = rows[cell.key], cell.start
-        label = f"{start.problems}, {start.n}, {start.sft_steps} steps, d {start.width}" + ", replay" * start.replay
+        mine, label = rows[cell.key], start_label(cell.start)
         quality = [row["labels"]["precision"] for row in mine.values() if (row["labels"] or {}).get("precision")]
         valid = [100 * row["valid"] for row in mine.values() if "valid" in row]
         out = [label, cell.name, f"{100 * sum(quality) / len(quality):.1f}" if quality else ""]
@@ -486,9 +544,66 @@ def table(factor: str, rows: dict[str, dict[int, dict]]) -> str:
     return "\n".join(lines)
 
 
-def by_cell() -> dict[str, dict[int, dict]]:
+def start_label(start: Start) -> str:
+    label = f"{start.problems}, {start.n}, {start.sft_steps} steps, d {start.width}" + ", replay" * start.replay
+    return label + f", base {start.base}" * (start.base != Start.base)
+
+
+def compute_table(rows: dict[str, dict[int, dict]]) -> str:
+    """The methods less SFT of equal compute from the same start, paired; learning rate and steps of that SFT."""
+    lines = ["| Start | Cell | " + " | ".join(OUTCOMES) + " |", "| --- | --- |" + " ---: |" * len(OUTCOMES)]
+    for cell in dict.fromkeys(cell for cells in FACTORS.values() for cell in cells):
+        control = dataclasses.replace(SFT_COMPUTE, start=cell.start).key
+        if (
+            cell.stage not in ("scs", "bash", "rac")
+            or (cell.lr, cell.steps) != (Cell.lr, Cell.steps)
+            or not rows.keys() >= {cell.key, control}
+        ):
+            continue
+        out = [start_label(cell.start), cell.name]
+        for metric in OUTCOMES:
+            mean, se, _ = evaluate.paired_difference(values(rows[cell.key], metric), values(rows[control], metric))
+            out.append(plus_minus(mean, se, metric, "+"))
+        lines.append("| " + " | ".join(out) + " |")
+    return "\n".join(lines)
+
+
+def chosen_table(rows: dict[str, dict[int, dict]]) -> str:
+    """Of each method the setting with the best validation accuracy; its test outcomes, less those of the SFT so chosen.
+    Iterations, weights, labels and filters are settings too. Labels from the answers (oracle) are a method apart."""
+    settings: dict[str, list[Cell]] = {}
+    for cell in dict.fromkeys(cell for cells in FACTORS.values() for cell in cells):
+        if cell.key in CHOSEN_FROM & rows.keys() and cell.stage and not cell.labels.startswith("added"):
+            name = {"sft": cell.method, "rac": "rac, right labels" if of_oracle(cell) else "rac"}.get(
+                cell.stage, cell.stage
+            )
+            settings.setdefault(name, []).append(cell)
+
+    def valid(cell: Cell) -> float:
+        return sum(row["valid"] for row in rows[cell.key].values()) / len(rows[cell.key])
+
+    best = {name: max(tried, key=valid) for name, tried in settings.items()}
+    head = ["Method", "Settings", "Chosen", "Validation (%)", *OUTCOMES]
+    lines = ["| " + " | ".join(head) + " |", "| --- | ---: | --- |" + " ---: |" * (len(head) - 3)]
+    for name, cell in best.items():
+        out = [name, str(len(settings[name])), cell.name, f"{100 * valid(cell):.1f}"]
+        for metric in OUTCOMES:
+            got = values(rows[cell.key], metric)
+            difference = evaluate.paired_difference(got, values(rows[best["sft-more"].key], metric))
+            out.append(f"{plus_minus(*evaluate.mean_se(list(got.values())), metric)}")
+            out[-1] += f" ({plus_minus(*difference[:2], metric, '+')})" * (name != "sft-more")
+        lines.append("| " + " | ".join(out) + " |")
+    return "\n".join(lines)
+
+
+def of_oracle(cell: Cell) -> bool:
+    """Some or all of the labels are from the answers."""
+    return cell.labels.startswith(("oracle", "results", "added"))
+
+
+def by_cell(path: Path = ROWS) -> dict[str, dict[int, dict]]:
     rows: dict[str, dict[int, dict]] = {}
-    for (key, seed), row in read_rows().items():
+    for (key, seed), row in read_rows(path).items():
         rows.setdefault(key, {})[seed] = row
     return rows
 
@@ -497,7 +612,7 @@ def label_of(cell: Cell) -> str:
     start = cell.start
     parts = [start.problems] * (start.problems != "twice") + [f"{start.n} problems"] * (start.n != 500)
     parts += [f"{start.sft_steps} steps of SFT"] * (start.sft_steps != 160)
-    parts += [f"width {start.width}"] * (start.width != 96)
+    parts += [f"width {start.width}"] * (start.width != 96) + ["longer base"] * (start.base != Start.base)
     return ", ".join([cell.name, *parts, *["replay"] * start.replay])
 
 
@@ -513,14 +628,12 @@ def plot(path: Path, factors: tuple[str, ...], rows: dict[str, dict[int, dict]])
                 names.append((at, label_of(cell)))
                 at += 1
         at += 0.7
-    metrics = ("Greedy (%)", "T = 1 (%)", "Restated (%)", "Final (%)")
-    figure, axes = pyplot.subplots(1, len(metrics), figsize=(11, 0.8 + 0.24 * at), sharey=True, layout="constrained")
-    for axis, metric in zip(axes, metrics, strict=True):
+    figure, axes = pyplot.subplots(1, len(OUTCOMES), figsize=(11, 0.8 + 0.24 * at), sharey=True, layout="constrained")
+    for axis, metric in zip(axes, OUTCOMES, strict=True):
         for cell, place in places.items():
             got, base = values(rows[cell.key], metric), values(rows[control(cell, rows)], metric)
             mean, se, _ = evaluate.paired_difference(got, base)
-            right = cell.labels.startswith(("oracle", "results", "added"))  # some or all labels from the oracle
-            colour = {"sft": "0.4", "scs": "C4", "bash": "C2"}.get(cell.stage, "C1" if right else "C0")
+            colour = {"sft": "0.4", "scs": "C4", "bash": "C2"}.get(cell.stage, "C1" if of_oracle(cell) else "C0")
             axis.errorbar(mean, place, xerr=se or 0, fmt="o", ms=4, color=colour, capsize=2)
         axis.axvline(0, color="0.7", lw=1, zorder=0)
         axis.set_title(f"{metric.removesuffix(' (%)')}, points over sft-more", fontsize=9)
@@ -535,10 +648,11 @@ def plot(path: Path, factors: tuple[str, ...], rows: dict[str, dict[int, dict]])
 def tables(rows: dict[str, dict[int, dict]]) -> str:
     text = "# The rows of the study, by factor\n\nMean ± s.e. over seeds; in brackets less sft-more of the same start, "
     text += "learning rate, number of steps and seed. Made by `python benchmarks/study.py report`.\n"
-    for factor in FACTORS:
-        if any(cell.key in rows for cell in FACTORS[factor]):
-            text += f"\n## {factor}\n\n{table(factor, rows)}\n"
-    return text
+    for factor, cells in FACTORS.items():
+        if any(cell.key in rows for cell in cells):
+            text += f"\n## {factor}\n\n{table(cells, rows)}\n"
+    text += f"\n## Less SFT of equal compute (sft-compute of the same start)\n\n{compute_table(rows)}\n"
+    return text + f"\n## Settings chosen on the validation problems, standard start\n\n{chosen_table(rows)}\n"
 
 
 def report() -> None:
@@ -568,20 +682,41 @@ def shares(out: Path) -> None:
     ddp.write_json(ROWS.parent / "implausible.json", found)
 
 
+def again(out: Path, at_once: int) -> None:
+    """Two cells anew, their base models and starts too, beside the rows that stand: writes results/study/again.md."""
+    run(AGAIN, SEEDS, out, at_once, out / "rows.jsonl")
+    old, new = by_cell(), by_cell(out / "rows.jsonl")
+    pairs = [(old[cell.key][seed], new[cell.key][seed]) for cell in AGAIN for seed in SEEDS]
+    same = sum(all(a[key] == b[key] for key, _ in METRICS.values()) for a, b in pairs)
+    text = "# Two cells, run once more from nothing\n\nMade by `python benchmarks/study.py again`. "
+    text += f"{same} of {len(pairs)} rows came out the same in every digit of the columns below.\n"
+    for title, rows in (("The rows of the study", old), ("Once more", new)):
+        text += f"\n## {title}\n\n{table(AGAIN, rows)}\n"
+    (ROWS.parent / "again.md").write_text(text)
+    print(text)
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("run", allow_abbrev=False)
+    names = ("run", "again", "report", "shares")
+    p, q, _, r = (commands.add_parser(name, allow_abbrev=False) for name in names)
     p.add_argument("--only", nargs="+", choices=list(FACTORS), default=list(FACTORS))
-    p.add_argument("--seeds", nargs="+", type=ddp.count, default=[1, 2, 3, 4, 5])
-    p.add_argument("--jobs", type=ddp.number(1, kind=int), default=os.cpu_count() or 1, help="processes at a time")
-    commands.add_parser("report", allow_abbrev=False)
-    q = commands.add_parser("shares", allow_abbrev=False)
+    p.add_argument("--seeds", nargs="+", type=ddp.count, default=SEEDS)
     for command in (p, q):
-        command.add_argument("--out", default="out/study", help="folder of models and logs, some hundred MB")
+        command.add_argument("--jobs", type=ddp.number(1, kind=int), default=os.cpu_count() or 1, help="at a time")
+    for command, folder in ((p, "out/study"), (q, "out/study-again"), (r, "out/study")):
+        command.add_argument("--out", type=Path, default=folder, help="folder of models and logs, some hundred MB")
     args = parser.parse_args()
-    {"run": lambda: run(args), "report": report, "shares": lambda: shares(Path(args.out))}[args.command]()
+    if args.command == "run":
+        run([cell for factor in args.only for cell in FACTORS[factor]], args.seeds, args.out, args.jobs)
+    elif args.command == "again":
+        again(args.out, args.jobs)
+    elif args.command == "report":
+        report()
+    else:
+        shares(args.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Pasted are the two losses, as they stand in bash.py and rac.py. What is yours to write is which tokens are read
 (`collate`) and which losses are added (`joint_loss`); SelfGenerated is all that a Trainer needs. The rows may come from
 anywhere; bash.py and rac.py leave theirs in D_s_1 and D_r_1. A loop of your own needs `joint_loss` alone. The Trainer
-itself needs the package accelerate, which nothing else here does.
+itself needs the package accelerate, which nothing else here does: pip install "transformers[torch]" datasets.
 
 What goes wrong without notice
 - The shift: logits[:, j] predicts response token j, so they begin one position before the response.

@@ -129,7 +129,6 @@ def test_accumulation_is_exact_for_bash(example, rows):
 
 def test_accumulation_in_the_trainer_is_exact_for_bash(tmp_path, example, rows):
     """Two micro-batches a step, of other lengths: the weights after it are those of one."""
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate, this project does not")
     after = []
     for size, accumulation in ((8, 1), (4, 2)):
         settings = example.TrainingArguments(
@@ -147,7 +146,6 @@ def test_accumulation_in_the_trainer_is_exact_for_bash(tmp_path, example, rows):
 
 @pytest.mark.parametrize("names", [("y_hat",), ("z", "z_bar")])
 def test_the_whole_example_with_the_trainer(tmp_path, rows, names):
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate, this project does not")
     tiny.model("llama").save_pretrained(tmp_path / "model")
     tiny.word_tokenizer().save_pretrained(tmp_path / "model")
     datasets.Dataset.from_list(of(rows, *names)).save_to_disk(tmp_path / "pairs")

@@ -493,9 +493,3 @@ def test_other_bad_input(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="could not be loaded"):
         data.load_rows("gsm8k", "nobody/no-such-set")
-
-
-def test_the_toy_base_is_taught_the_template_that_rac_uses():
-    import toy
-
-    assert data.TOY_F == toy.REFERENCE_TEMPLATE

@@ -471,9 +471,9 @@ def test_command(folder, monkeypatch, capsys):
     assert {"id", "x", "y", "z", "text"} == set(made.column_names)
     assert [len(z) for z in made["z"]] == [3] * 8
     call(folder, monkeypatch, "--out", f"{folder}/out")
-    assert capsys.readouterr().err.strip() == f"{folder}/out/results.json: already done"
+    assert capsys.readouterr().err.strip() == f"{folder}/out: already done"
     assert json.loads((folder / "out" / "results.json").read_text()) == results
-    with pytest.raises(ValueError, match=r"another evaluation \(--beta 0.2 -> 0.5\)"):
+    with pytest.raises(ValueError, match=r"another run \(--beta 0.2 -> 0.5\)"):
         call(folder, monkeypatch, "--out", f"{folder}/out", "--beta", "0.5")
 
 
@@ -488,7 +488,7 @@ def test_resumes(folder, tmp_path, monkeypatch):
         patch.setattr(evaluate, "nll", killed)
         call(folder, patch, *out)
     before = (tmp_path / "a" / "generations-t1" / "source.json").stat().st_mtime_ns
-    with pytest.raises(ValueError, match=r"another evaluation \(--limit 0 -> 4\)"):
+    with pytest.raises(ValueError, match=r"another run \(--limit 0 -> 4\)"):
         call(folder, monkeypatch, *out, "--limit", "4")
     ddp_utils.open_out.lock.close()
     call(folder, monkeypatch, *out)

@@ -146,6 +146,7 @@ def evaluated(flags: str) -> Callable[[], object]:
     return steps(file("e/args.json", flags), file("e/results.json", ""))
 
 
+LOG = file("run/log.jsonl", "{}")
 BOTH = "prompt=messages,response=messages"
 LEAST_0, LEAST_1 = "is not a whole number of at least 0", "is not a whole number of at least 1"
 CASES = [
@@ -287,7 +288,7 @@ CASES = [
     ("sft", "--model missing", "--model missing: no tokenizer could be loaded"),
     ("sft", "--model ./missing", "--model ./missing: no such folder"),
     ("sft", "--model train.jsonl", "--model train.jsonl: no such folder"),
-    ("sft", "--model empty", "--model empty: no tokenizer could be loaded", lambda: Path("empty").mkdir()),
+    ("sft", "--model empty", "--model empty: not a model's folder", lambda: Path("empty").mkdir()),
     ("sft", "", "--model model: no tokenizer", remove("model/tokenizer.json", "model/tokenizer_config.json")),
     ("sft", "", "--model model: no tokenizer could be loaded", cut("model/tokenizer.json")),
     ("sft", "", "--model model: no tokenizer could be loaded", file("model/tokenizer.json", "{}")),
@@ -318,15 +319,17 @@ CASES = [
     ("sft", "--out train.jsonl", "--out train.jsonl cannot be written (File exists)"),
     ("sft", "--out train.jsonl/deep/out", "--out train.jsonl/deep/out cannot be written (Not a directory)"),
     ("sft", "--out " + "a" * 300, "cannot be written (File name too long)"),
-    ("sft", "--out model", "--out model holds a model that this stage did not make"),
+    ("sft", "--out model", "--out model holds a model or results that this command did not make"),
     ("sft", "--out run", "args.json is broken", steps(file("run/args.json", "{"), file("run/log.jsonl", "{}\n"))),
     ("sft", "--out run", "args.json is broken", steps(file("run/args.json", "3"), file("run/config.json", "{}"))),
-    ("sft", "--out run", "--lr 0.1 -> 5e-06", steps(file("run/args.json", '{"lr": 0.1}'), file("run/log.jsonl", "{}"))),
+    ("sft", "--out run", "--lr 0.1 -> 5e-06", steps(file("run/args.json", '{"lr": 0.1}'), LOG)),
+    ("scs", "--out run", "(script bash.py -> scs.py)", steps(file("run/args.json", '{"script": "bash.py"}'), LOG)),
+    ("sft", "--out run", "what --data holds 9 ->", steps(file("run/args.json", '{"what --data holds": 9}'), LOG)),
     ("evaluate run", "--out model", "--out model holds a model"),
     ("evaluate run", "--out train.jsonl", "--out train.jsonl cannot be written (File exists)"),
     ("evaluate run", "--out ''", "--out is empty"),
-    ("evaluate run", "--out e", "holds another evaluation", evaluated("[")),
-    ("evaluate run", "--out e", "holds another evaluation", evaluated("3")),
+    ("evaluate run", "--out e", "args.json is broken", evaluated("[")),
+    ("evaluate run", "--out e", "args.json is broken", evaluated("3")),
     ("evaluate run", "--out e", "--beta 1 -> 0.2", evaluated('{"beta": 1}')),
     ("generate", "--out train.jsonl", "--out train.jsonl exists already"),
     ("generate", "--out train.jsonl/z", "--out train.jsonl/z cannot be written"),
@@ -335,6 +338,8 @@ CASES = [
     ("toy data", "--out train.jsonl", "--out train.jsonl exists already"),
     ("toy data", "--out train.jsonl/data", "Not a directory: 'train.jsonl/data"),
     # --pairs
+    ("rac", "--kl reverse", "--topk and --kl are for --labels topk"),
+    ("rac", "--topk 4", "--topk and --kl are for --labels topk"),
     ("bash", "--pairs ''", "not a folder written by datasets' save_to_disk"),
     ("bash", "--pairs missing --sft-epochs 1", "--pairs missing: not a folder written by datasets' save_to_disk"),
     ("rac", "--pairs train.jsonl --sft-epochs 1", "--pairs train.jsonl: not a folder written by"),
@@ -346,8 +351,9 @@ CASES = [
     ("rac", "--pairs D_r", "--pairs D_r, row 0: y has ids from 3 to 1000000", pairs(y=[3, 10**6])),
     ("rac", "--pairs D_r", "--pairs D_r, row 0: x must be a list of token ids, and not empty", pairs(x=[])),
     ("rac", "--pairs D_r", "--pairs D_r, row 0: x must be a list of token ids", pairs(x=[None])),
-    ("rac", "--pairs D_r", "--pairs D_r, row 0: x and y take up to 304 tokens", pairs(x=[5] * 300)),
+    ("rac", "--pairs D_r", "row 0: prompt and response take up to 304 tokens", pairs(x=[5] * 300)),
     ("rac", "--pairs D_r", "D_r: was made with another tokenizer", file("D_r/source.json", '{"tokenizer": "0"}')),
+    ("rac", "--pairs D_r --data missing --sft-epochs 1", "--data missing: no such file"),
     ("rac", "--pairs D_r", "--pairs D_r: cannot be read", file("D_r/source.json", "{")),
     ("rac", "--pairs D_r", "--pairs D_r: cannot be read", file("D_r/source.json", "[]")),
     ("rac", "--pairs D_r", "--pairs D_r: cannot be read", cut("D_r/data-00000-of-00001.arrow", 200)),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import datasets
@@ -172,11 +173,20 @@ def test_pairs_made_elsewhere_are_read_in(base, tmp_path, monkeypatch):
     made = run(monkeypatch, "rac", base, tmp_path / "made")
     read = run(monkeypatch, "rac", base, tmp_path / "read", "--pairs", str(made / "D_r_1"))
     assert [r["loss"] for r in read_log(made)] == [r["loss"] for r in read_log(read)]
-    assert not (read / "D_r_1").exists()
     foreign = datasets.load_from_disk(str(made / "D_r_1")).select_columns(["x", "y", "z", "z_bar"])
     foreign.save_to_disk(str(tmp_path / "foreign"))
-    again = run(monkeypatch, "rac", base, tmp_path / "again", "--pairs", str(tmp_path / "foreign"))
+    flags = ("--pairs", str(tmp_path / "foreign"), "--data", "is-not-read")
+    again = run(monkeypatch, "rac", base, tmp_path / "again", *flags)
     assert [r["loss"] for r in read_log(again)] == [r["loss"] for r in read_log(made)]
+
+
+def test_plausible_holds_for_pairs_too(base, tmp_path, monkeypatch):
+    made = run(monkeypatch, "rac", base, tmp_path / "made")
+    whole = run(monkeypatch, "rac", base, tmp_path / "whole", "--plausible", "0.02")
+    read = run(monkeypatch, "rac", base, tmp_path / "read", "--plausible", "0.02", "--pairs", str(made / "D_r_1"))
+    labels = [datasets.load_from_disk(str(folder / "D_r_1"))["z_bar"][:] for folder in (made, whole, read)]
+    assert labels[0] != labels[1] == labels[2]
+    assert [r["loss"] for r in read_log(read)] == [r["loss"] for r in read_log(whole)]
 
 
 def test_describe():
@@ -277,6 +287,21 @@ def test_out_folders_are_guarded(base, tmp_path, monkeypatch, capsys):
     line = fails(monkeypatch, capsys, "sft", base, out, "--epochs", "3", "--lr", "1e-2")
     assert "belongs to another run (--epochs 1.0 -> 3.0, --lr 0.001 -> 0.01)" in line
     assert "did not make" in fails(monkeypatch, capsys, "sft", base, base / "model")
+    assert "(script sft.py -> scs.py)" in fails(monkeypatch, capsys, "scs", base, out)  # not its checkpoints, or model
+    data_file, model = tmp_path / "copy.jsonl", tmp_path / "model"
+    data_file.write_text((base / "train.jsonl").read_text())
+    shutil.copytree(base / "model", model)
+    inputs = {"data_file": data_file, "model": model}
+    made = run(monkeypatch, "sft", base, tmp_path / "made", **inputs)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "sft", base, made, **inputs)
+    shutil.copy(out / "model.safetensors", model)  # retrained in place
+    line = fails(monkeypatch, capsys, "sft", base, made, **inputs)
+    assert "(what --model holds " in line and "--data" not in line
+    shutil.copy(base / "model" / "model.safetensors", model)
+    ddp.open_out.lock.close()
+    data_file.write_text(data_file.read_text().replace("1", "2"))
+    assert "(what --data holds " in fails(monkeypatch, capsys, "sft", base, made, **inputs)
     (tmp_path / "file").write_text("")
     line = fails(monkeypatch, capsys, "sft", base, tmp_path / "file" / "out")
     assert f"--out {tmp_path / 'file' / 'out'} cannot be written" in line

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_labels_that_are_kept(drawn):
     assert arbitrary["z_bar"][:] == arbitrary["y"][:]
 
 
-@pytest.mark.parametrize("problems", ["twice", "once", "easy", "arbitrary"])
+@pytest.mark.parametrize("problems", ["twice", "once", "easy", "arbitrary", "apart"])
 def test_the_training_sets(tmp_path, problems):
     study.make_data(tmp_path / "data", study.Start(problems, n=30), seed=1)
     sets = {
@@ -99,6 +100,14 @@ def test_the_training_sets(tmp_path, problems):
     assert all(int(s[2]) <= 9 for s in sums) == (problems == "easy")
     if problems != "once":
         assert all(study.copied(w) == 1 for w in words)
+    for row, w in zip(sets["train"], words, strict=True):  # where the number before a sum comes from
+        firsts = [w[j + 1] for j in range(len(w)) if w[j] == ":"]
+        before = [w[w.index(".") - 1], *(w[j - 1] for j in range(len(w)) if w[j] == "." and w[j - 2] == "=")]
+        if problems == "apart":
+            assert re.findall(r"has (\d+) ,", row["prompt"]) == firsts
+        else:
+            assert firsts == before[: len(firsts)]
+        assert row["response"].endswith(f"#### {before[-1]}")
 
 
 def test_replay_keeps_the_problems_and_adds_documents(tmp_path):
@@ -134,6 +143,43 @@ def test_jobs_go_through_their_steps_and_a_failure_ends_its_own_job_alone(tmp_pa
     assert sorted(finished) == ["good", "last"] and "bad failed" in capfd.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "e"}
     assert len({path.read_text() for path in tmp_path.iterdir()} | {str(os.getpid())}) == 5
+
+
+def test_older_rows_have_the_defaults_of_later_fields(tmp_path):
+    cell = study.cells(study.Start(n=125), "bash")[0]
+    row = {"cell": json.loads(cell.key), "seed": 3}
+    del row["cell"]["start"]["base"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert study.read_rows(tmp_path / "rows.jsonl").keys() == {(cell.key, 3)}
+
+
+def test_the_labels_of_a_teacher_are_from_the_longer_base(tmp_path):
+    own, teacher = study.Cell("base", "rac", labels="base"), study.Cell("t", "rac", labels="teacher-plausible-0.1")
+    folders = [study.base_of(tmp_path, study.teacher_of(cell), 2).name for cell in (own, teacher)]
+    assert folders == ["base-96-B", "base-96-3600-B"]
+
+
+def test_equal_compute_is_paired_with_the_longer_sft_of_the_same_start():
+    def rows(cell, accuracy):
+        metrics = ("accuracy_t0", "accuracy_t1", "recovery_restated", "recovery_final")
+        return {cell.key: {seed: dict.fromkeys(metrics, accuracy + seed / 10) for seed in (1, 2)}}
+
+    [compute, bash], other = study.cells(methods="sft-compute bash"), study.cells(study.Start("easy"), "bash")[0]
+    text = study.compute_table(rows(compute, 0.5) | rows(bash, 0.4) | rows(other, 0.3))
+    assert len(text.splitlines()) == 3 and text.count("-10.0 ± 0.0") == 4  # `easy` has no sft-compute here
+
+
+def test_once_more_says_how_many_rows_came_out_the_same(tmp_path, monkeypatch):
+    def run(cells, seeds, out, at_once, path):
+        keys = {cell.key for cell in cells}
+        mine = [row for (key, seed), row in study.read_rows().items() if key in keys and seed in seeds]
+        mine[0] = mine[0] | {"accuracy_t0": 0.123}
+        path.write_text("".join(json.dumps(row) + "\n" for row in mine))
+
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "ROWS", tmp_path / "rows.jsonl")
+    study.again(tmp_path, 1)
+    assert "9 of 10 rows" in (tmp_path / "again.md").read_text()
 
 
 def test_shares_of_nothing_overwrite_nothing(tmp_path):
