@@ -210,7 +210,8 @@ def load_tokenizer(path: str) -> AutoTokenizer:
     local = path.count("/") > 1 or path.startswith((".", "/")) or os.path.isdir(os.path.dirname(path))
     if not os.path.isdir(path) and (local or os.path.exists(path)):  # else it is a hub name
         raise FileNotFoundError(f"--model {path}: no such folder")
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+    expected = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in expected):
         raise OSError(f"--model {path}: not a model's folder, there is no config.json in it")
     try:
         return AutoTokenizer.from_pretrained(path)
