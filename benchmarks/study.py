@@ -58,7 +58,8 @@ class Start:
               easy       twice, with operands that the base has learnt: errors are slips of sampling
               apart      twice, each step from a number that the question gives: an error stays in its step
     replay    SFT keeps documents that read a reference, one for each two problems
-    base      steps of the base model's training: the more, the better it reads a reference
+    base      steps of the base model's training
+    fresh     the second stage has as many problems of its own, which SFT has not seen
     """
 
     problems: str = "twice"
@@ -67,6 +68,12 @@ class Start:
     width: int = 96
     replay: bool = False
     base: int = 900
+    fresh: bool = False
+
+    @property
+    def second(self) -> str:
+        """The second stage's problems."""
+        return "second" if self.fresh else "train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +118,7 @@ SFT_MORE, SFT_COMPUTE = cells(methods="sft-more sft-compute")
 PLAIN = "sft-more bash rac oracle-results"
 ALL = "sft sft-compute " + PLAIN
 LONGER = Start(base=3600)
+APART = Start("apart", sft_steps=480)  # another form than the base's documents: it takes longer to learn
 FACTORS = {  # in the order in which they run
     "methods": cells(methods="sft sft-more sft-compute scs bash rac oracle"),
     "labels": [Cell(f"results-{p:g}", "rac", labels=f"added-{p:g}-results") for p in (0.9, 0.75, 0.5)]
@@ -129,18 +137,17 @@ FACTORS = {  # in the order in which they run
         Cell("sure-0.9", "rac", labels="sure-0.9"),
         Cell("sure-0.9-plausible-0.001", "rac", labels="sure-0.9-plausible-0.001"),
         Cell("base-plausible-0.001", "rac", labels="base-plausible-0.001"),
+        Cell("soft", "rac", "--labels topk"),
+        Cell("soft-reverse", "rac", "--labels topk --kl reverse"),
         Cell("teacher-plausible-0.001", "rac", labels="teacher-plausible-0.001"),
         Cell("plausible-0.001", "rac", labels="plausible-0.001", start=Start(replay=True)),
     ],
     "base": cells(LONGER, ALL)
     + [Cell(f"plausible-{p:g}", "rac", labels=f"plausible-{p:g}", start=LONGER) for p in (0.1, 0.01, 0.001)],
     "problems": [cell for kind in ("easy", "once", "arbitrary") for cell in cells(Start(kind), ALL)]
-    + [
-        *cells(Start("apart"), ALL + " oracle"),
-        Cell("plausible-0.01", "rac", labels="plausible-0.01", start=Start("apart")),
-    ],
+    + [*cells(APART, ALL + " oracle"), Cell("plausible-0.01", "rac", labels="plausible-0.01", start=APART)],
     "data": [cell for n in (125, 2000) for cell in cells(Start(n=n), ALL)],
-    "saturation": cells(Start(sft_steps=640), ALL),
+    "saturation": cells(Start(sft_steps=640), ALL) + cells(Start(sft_steps=640, fresh=True), ALL),
     "beta": [Cell(f"bash-beta{b:g}", "bash", f"--beta {b:g}") for b in (0.5, 1)]
     + [Cell("bash-T0.5", "bash", "--temperature 0.5"), Cell("oracle-T0", "rac", labels="oracle", temperature=0)],
     "lr": cells(methods=PLAIN, lr=3e-4),
@@ -179,13 +186,13 @@ def teacher_of(cell: Cell) -> Start:
 
 def home_of(out: Path, start: Start, seed: int) -> Path:
     parts = [start.problems, f"n{start.n}", f"sft{start.sft_steps}", f"w{start.width}", *["replay"] * start.replay]
-    parts += [f"base{start.base}"] * (start.base != Start.base)
+    parts += [f"base{start.base}"] * (start.base != Start.base) + ["fresh"] * start.fresh
     return out / "-".join(parts) / f"seed-{seed}"
 
 
-def stage_flags(home: Path, seed: int) -> str:
+def stage_flags(home: Path, seed: int, split: str = "train") -> str:
     """The flags that all stages share."""
-    data_flags = f"--task toy --data {home}/data/train.jsonl --seed {seed}"
+    data_flags = f"--task toy --data {home}/data/{split}.jsonl --seed {seed}"
     return f"{data_flags} --batch-size 16 --micro-batch-size 16 --warmup 0.1"
 
 
@@ -204,11 +211,12 @@ def script(words: str, log: Path) -> Callable[[], None]:
 
 
 def make_data(folder: Path, start: Start, seed: int) -> None:
-    """train, valid and test, disjoint by prompt; only train depends on the seed."""
+    """train, valid and test, disjoint by prompt; only train depends on the seed. And, for the second stage, second."""
     settings = {"operands": (2, 9) if start.problems == "easy" else (2, 15), "arbitrary": start.problems == "arbitrary"}
     partial_folder, seen = folder.with_name("data.partial"), set()
+    trained = [(split, start.n, f"{split} {seed}") for split in dict.fromkeys(("train", start.second))]
     partial_folder.mkdir(parents=True, exist_ok=True)
-    for split, n, key in (("test", TEST, "test"), ("valid", VALID, "valid"), ("train", start.n, f"train {seed}")):
+    for split, n, key in (("test", TEST, "test"), ("valid", VALID, "valid"), *trained):
         rows = toy.problems(n, key, exclude=seen, **settings)
         seen |= {row["prompt"] for row in rows}
         if start.problems == "once":
@@ -331,14 +339,14 @@ def start_job(out: Path, start: Start, seed: int) -> Iterator[Callable[[], None]
             yield script(f"sft.py {sft} --epochs 999", home / "log")
     if not (home / "z-1" / "config.json").exists():
         made = f"--epochs 0 --labels topk --topk 1 --out {home}/z-1"
-        yield script(f"rac.py --model {home}/sft {flags} {made}", home / "log")
+        yield script(f"rac.py --model {home}/sft {stage_flags(home, seed, start.second)} {made}", home / "log")
 
 
 def cell_job(out: Path, cell: Cell, seed: int) -> Iterator[Callable[[], None]]:
     """The second stage and its measurement; the row is left in the cell's folder."""
     home = home_of(out, cell.start, seed)
     folder, log = home / cell.name, home / f"{cell.name}.log"
-    flags = stage_flags(home, seed)
+    flags = stage_flags(home, seed, cell.start.second)
     if cell.stage:
         words = f"{cell.stage}.py --model {home}/sft {flags} --lr {cell.lr} --epochs 999 --max-steps {cell.steps} "
         words += cell.flags
@@ -546,7 +554,7 @@ def table(cells: list[Cell], rows: dict[str, dict[int, dict]]) -> str:
 
 def start_label(start: Start) -> str:
     label = f"{start.problems}, {start.n}, {start.sft_steps} steps, d {start.width}" + ", replay" * start.replay
-    return label + f", base {start.base}" * (start.base != Start.base)
+    return label + f", base {start.base}" * (start.base != Start.base) + ", other problems" * start.fresh
 
 
 def compute_table(rows: dict[str, dict[int, dict]]) -> str:
@@ -613,6 +621,7 @@ def label_of(cell: Cell) -> str:
     parts = [start.problems] * (start.problems != "twice") + [f"{start.n} problems"] * (start.n != 500)
     parts += [f"{start.sft_steps} steps of SFT"] * (start.sft_steps != 160)
     parts += [f"width {start.width}"] * (start.width != 96) + ["longer base"] * (start.base != Start.base)
+    parts += ["other problems"] * start.fresh
     return ", ".join([cell.name, *parts, *["replay"] * start.replay])
 
 

@@ -100,6 +100,7 @@ def test_the_training_sets(tmp_path, problems):
     assert all(int(s[2]) <= 9 for s in sums) == (problems == "easy")
     if problems != "once":
         assert all(study.copied(w) == 1 for w in words)
+    assert not (tmp_path / "data" / "second.jsonl").exists()
     for row, w in zip(sets["train"], words, strict=True):  # where the number before a sum comes from
         firsts = [w[j + 1] for j in range(len(w)) if w[j] == ":"]
         before = [w[w.index(".") - 1], *(w[j - 1] for j in range(len(w)) if w[j] == "." and w[j - 2] == "=")]
@@ -108,6 +109,14 @@ def test_the_training_sets(tmp_path, problems):
         else:
             assert firsts == before[: len(firsts)]
         assert row["response"].endswith(f"#### {before[-1]}")
+
+
+def test_the_second_stage_may_have_problems_of_its_own(tmp_path):
+    for name, fresh in (("plain", False), ("fresh", True)):
+        study.make_data(tmp_path / name, study.Start(n=30, fresh=fresh), seed=1)
+    train, second = ((tmp_path / "fresh" / f"{s}.jsonl").read_text().splitlines() for s in ("train", "second"))
+    assert train == (tmp_path / "plain" / "train.jsonl").read_text().splitlines()
+    assert len(second) == 30 and not set(second) & set(train)
 
 
 def test_replay_keeps_the_problems_and_adds_documents(tmp_path):
