@@ -675,32 +675,40 @@ def report() -> None:
 
 
 def shares(out: Path) -> None:
-    """Writes results/study/implausible.json: of each start that is there, for each seed, the share of the corrections
-    by its own labels to which the model, not shown the reference, gives less than rac.IMPLAUSIBLE."""
-    found: dict[str, list[float]] = {}
+    """Writes results/study/implausible.json: of each start that is there, for each seed, the share of the corrections,
+    by its own labels and by the right ones, to which the model, not shown the reference, gives less than
+    rac.IMPLAUSIBLE; measured on rac.SAMPLE rows."""
+    found: dict[str, dict[str, list[float]]] = {}
     folders = sorted(path.parent for path in out.glob("*/seed-*/z-1/config.json"))
     if not folders:
         raise ValueError(f"--out {out}: no starts in it; `study.py run` makes them")
     for folder in tqdm(folders):
-        x, z, z_bar = columns([dict(row) for row in load_from_disk(str(folder / "D_r_1"))], "x", "z", "z_bar")
-        model = ddp.load_model(str(folder.parent / "sft"), "float32")
-        with ddp.inference(model):
-            kept = rac.plausible_labels(model, x, z, z_bar, rac.IMPLAUSIBLE, 64)
-        share = 1 - rac.corrections(z, kept) / rac.corrections(z, z_bar)
-        found.setdefault(folder.parent.parent.name, []).append(round(share, 4))
+        rows = load_from_disk(str(folder / "D_r_1"))
+        rows = [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / rac.SAMPLE))]
+        x, y, z, own = columns(rows, "x", "y", "z", "z_bar")
+        right = [toy.oracle_labels(*pair) for pair in zip(y, z, strict=True)]
+        model, start = ddp.load_model(str(folder.parent / "sft"), "float32"), folder.parent.parent.name
+        for whose, z_bar in (("own", own), ("right", right)):
+            with ddp.inference(model):
+                kept = rac.plausible_labels(model, x, z, z_bar, rac.IMPLAUSIBLE, 64)
+            if whose == "own" or not start.startswith("arbitrary"):  # where the right labels are not the oracle's
+                share = 1 - rac.corrections(z, kept) / max(rac.corrections(z, z_bar), 1)
+                found.setdefault(start, {}).setdefault(whose, []).append(round(share, 4))
     ddp.write_json(ROWS.parent / "implausible.json", found)
 
 
 def again(out: Path, at_once: int) -> None:
     """Two cells anew, their base models and starts too, beside the rows that stand: writes results/study/again.md."""
-    run(AGAIN, SEEDS, out, at_once, out / "rows.jsonl")
+    seeds = SEEDS[:2]  # one of each base model
+    run(AGAIN, seeds, out, at_once, out / "rows.jsonl")
     old, new = by_cell(), by_cell(out / "rows.jsonl")
-    pairs = [(old[cell.key][seed], new[cell.key][seed]) for cell in AGAIN for seed in SEEDS]
+    pairs = [(old[cell.key][seed], new[cell.key][seed]) for cell in AGAIN for seed in seeds]
     same = sum(all(a[key] == b[key] for key, _ in METRICS.values()) for a, b in pairs)
     text = "# Two cells, run once more from nothing\n\nMade by `python benchmarks/study.py again`. "
     text += f"{same} of {len(pairs)} rows came out the same in every digit of the columns below.\n"
     for title, rows in (("The rows of the study", old), ("Once more", new)):
-        text += f"\n## {title}\n\n{table(AGAIN, rows)}\n"
+        some = {cell.key: {seed: rows[cell.key][seed] for seed in seeds} for cell in AGAIN}
+        text += f"\n## {title}\n\n{table(AGAIN, some)}\n"
     (ROWS.parent / "again.md").write_text(text)
     print(text)
 
