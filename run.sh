@@ -52,11 +52,9 @@ run() { # run STAGE.py FLAGS: in one process, or in NPROC under torchrun
 # the second stage. sft-more takes the same steps; sft-compute spends the methods' computation on SFT: a joint step is two
 # SFT steps, and drawing and labelling z costs about one epoch.
 TRAIN=500 TEST=400 BASE_STEPS=900 SFT_EPOCHS=5 SFT_LR=7e-4 E=8 LR=1e-3
-# spin: the same steps; of lr 1e-4 and 1e-3, beta 0.1 and 1, the least harmful on the validation problems (one seed): greedy
-# 62.3 % (sft: 64.7), against 58.0 with beta 0.1, and 18.7 and 7.7 at lr 1e-3.
+# spin: the same steps; of lr 1e-4 and 1e-3, beta 0.1 and 1, the least harmful on the validation problems (one seed).
 SPIN_LR=1e-4 SPIN_BETA=1
-# dpo: its pairs are y and the SFT model's own z, on which it makes as many epochs; of the same four settings the best
-# one, 64.3 % (62.0 with beta 0.1; 21.0 and 13.3 at lr 1e-3).
+# dpo: its pairs are y and the SFT model's own z, on which it makes as many epochs; of the same four settings the best.
 DPO_LR=1e-4 DPO_BETA=1
 if [ -n "${QUICK:-}" ]; then TRAIN=64 TEST=32 BASE_STEPS=40 SFT_EPOCHS=1 E=1; fi
 STAGE="--task toy --batch-size 16 --micro-batch-size 16 --warmup 0.1"

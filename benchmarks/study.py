@@ -168,7 +168,8 @@ FACTORS = {  # in the order in which they run
         for lr in (1e-4, 1e-3)
         for b in (0.1, 1)
     ],
-    "size": cells(Start(width=48), ALL),
+    "size": cells(Start(width=48), ALL + " scs oracle")
+    + [Cell(f"plausible-{p:g}", "rac", labels=f"plausible-{p:g}", start=Start(width=48)) for p in (0.1, 0.01)],
 }
 AGAIN = cells(methods="sft-more oracle-results")
 CHOSEN_FROM = {cell.key for cells in FACTORS.values() for cell in cells if cell.start == Start()}
