@@ -1,12 +1,25 @@
 """No test touches the network, and each process keeps to one thread (the tests themselves start several)."""
 
 import os
+import signal
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
 
 LONG = ("test_faults.py", "test_training.py")
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A run in this process takes SIGTERM and Ctrl-C to itself; after each test they are as before."""
+    before = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for sig, handler in before.items():
+        signal.signal(sig, handler)
 
 
 def pytest_collection_modifyitems(items: list) -> None:

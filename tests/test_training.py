@@ -24,7 +24,7 @@ FLAGS = ["--task", "toy", "--lr", "1e-3", "--clip", "0.5", "--max-prompt", "40",
 
 def runner(ranks=0):
     """The words before a script's name: torchrun's where ranks > 0."""
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [sys.executable, *(words if ranks else [])]
 
 
