@@ -423,6 +423,7 @@ def test_goes_on_after_a_kill(tmp_path, serve):
 
 def test_ctrl_c_waits_for_the_answers_under_way(tmp_path, serve):
     """They are paid for."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background begins without
 
     def interrupted(handler, prompt, n):
         if len(server.seen) == 3:
