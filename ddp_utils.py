@@ -367,6 +367,16 @@ def check_fits(model: torch.nn.Module, tokens: int, largest_id: int, what: str) 
         )
 
 
+def check_rows(model: torch.nn.Module, rows: datasets.Dataset, where: str = "", max_new_tokens: int = 0) -> None:
+    """`check_fits` for what a stage reads of each row: x or f(x, y), then y, y_hat, z (RAC's, or DPO's rejected one),
+    z_bar or what will be generated."""
+    for row in rows:
+        responses = [row[name] for name in ("y", "y_hat", "z", "z_bar") if name in row]
+        tokens = max(len(row["x"]), len(row.get("f", []))) + max(max_new_tokens, *map(len, responses))
+        largest = max(max(ids, default=0) for ids in (row["x"], *responses))
+        check_fits(model, tokens, largest, f"{where}row {row['id']}: x and y")
+
+
 # ---------------------------------------------------------------------------------------------- the training loop
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over the share `warmup` of the steps, then cosine to 0 (Table 5). step counts from 0."""
@@ -598,11 +608,12 @@ def start(
     args: argparse.Namespace,
     load_examples: Callable[[argparse.Namespace, AutoTokenizer], tuple[datasets.Dataset, list[str]]],
     max_new_tokens: int = 0,
+    where: str = "",
 ) -> tuple[Run, datasets.Dataset]:
     """Opens --out, then reads tokenizer, examples and model: a mistake in the data shows before the weights are read.
 
-    max_new_tokens: of what the stage will generate after x, and read after f(x, y). Ends the program where the same
-    command has finished before."""
+    max_new_tokens: of what the stage will generate after x, and read after f(x, y); where: how the message on a row
+    that does not fit the model begins. Ends the program where the same command has finished before."""
     init()
     if not open_out(args):
         raise SystemExit(0)
@@ -613,14 +624,7 @@ def start(
     if len(examples) < WORLD:
         raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
     model = model_of(args)
-    for row in examples:
-        f = row.get("f", [])  # the prompt of RAC's labels
-        responses = [
-            row[name] for name in ("y", "y_hat", "z", "z_bar") if name in row
-        ]  # z: RAC's, or DPO's rejected one
-        tokens = max(len(row["x"]), len(f)) + max(max_new_tokens, *map(len, responses))
-        largest = max(max(ids, default=0) for ids in (row["x"], *responses))
-        check_fits(model, tokens, largest, f"row {row['id']}: prompt and response")
+    check_rows(model, examples, where, max_new_tokens)
     size = min(args.batch_size, len(examples))
     accumulation = math.ceil(math.ceil(size / WORLD) / args.micro_batch_size)
     print0(f"batch {size} = {WORLD} processes x {accumulation} micro-batches of up to {args.micro_batch_size} rows")
@@ -639,16 +643,19 @@ def start_with_pairs(
     read then."""
     if args.pairs is None:
         return *start(args, load_examples, max_new_tokens), None
+    where = f"--pairs {args.pairs}, "
     if args.iterations == 1 and not args.sft_epochs:
 
         def load_pairs(args: argparse.Namespace, tokenizer: AutoTokenizer) -> tuple[datasets.Dataset, list[str]]:
             rows = read_pairs(args.pairs, pair, tokenizer)
             return rows, [f"{len(rows)} rows of --pairs {args.pairs}; --data, its limit and its lengths are not used"]
 
-        run, pairs = start(args, load_pairs)
+        run, pairs = start(args, load_pairs, where=where)
         return run, pairs, pairs
     run, examples = start(args, load_examples, max_new_tokens)
-    return run, examples, read_pairs(args.pairs, pair, run.tokenizer, run.model)
+    pairs = read_pairs(args.pairs, pair, run.tokenizer)
+    check_rows(run.model, pairs, where)
+    return run, examples, pairs
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -671,39 +678,33 @@ def given(args: argparse.Namespace) -> dict[str, object]:
     """What a command was given: its script, its flags, and for the files and folders among them what they hold."""
     flags = {key: value for key, value in vars(args).items() if key not in FREE}
     paths = {key: Path(flags[key]) for key in ("model", "data", "pairs") if flags.get(key)}
-    contents = {f"what --{key} holds": contents_of(path) for key, path in paths.items() if path.exists()}
+    there = {key: path for key, path in paths.items() if path.is_file() or path.is_dir()}  # no pipe, no hub name
+    contents = {f"what --{key} holds": contents_of(path) for key, path in there.items()}
     return {"script": Path(sys.argv[0]).name, **flags, **contents}
 
 
 def contents_of(path: Path) -> str:
     """Size and CRC-32 of a file, or of the weights or rows in a folder. Of a large file 16 MiB are read, spread over it
     (retrained weights differ everywhere; to read all of a 70B model would take minutes)."""
-    size = crc = 0
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(f for f in path.iterdir() if f.suffix in (".safetensors", ".bin", ".arrow"))
-    )
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".arrow"))
+    crc = 0
     for file in files:
-        with open(file, "rb") as stream:
-            length = os.fstat(stream.fileno()).st_size
-            size += length
-            for start in range(0, length, max(1 << 20, length // 16)):
-                stream.seek(start)
-                crc = zlib.crc32(stream.read(1 << 20), crc)
-    return f"{size} bytes, CRC-32 {crc:08x}"
+        crc = checksum(file, crc, parts=16)
+    return f"{sum(file.stat().st_size for file in files)} bytes, CRC-32 {crc:08x}"
 
 
 def open_out(
     args: argparse.Namespace,
-    begun: tuple[str, ...] = ("D_*", "log.jsonl"),
+    begun: tuple[str, ...] = ("D_*",),
     done: str = "config.json",
     free: tuple[str, ...] = (),
 ) -> bool:
     """Claims --out for this command and writes args.json. False: this very command has finished there before.
 
-    begun: patterns of what is in --out, not empty, once work has begun; done: the file that marks the end; free: flags
-    that change no result, beside FREE.
+    begun: patterns of what is in --out, beside a log, once work has begun; done: the file that marks the end; free:
+    flags that change no result, beside FREE.
     Raises ValueError where --out holds another command's run (naming the flags that differ), or is in use.
     """
     if not args.out.strip():
@@ -721,8 +722,13 @@ def open_out(
         except BlockingIOError:
             raise ValueError(f"--out {out}: another run is writing there") from None
     barrier()
-    made = (out / done).exists() or (out / "config.json").exists()
-    if (out / "args.json").exists() and (made or any(p.stat().st_size for name in begun for p in out.glob(name))):
+    held = [path for name in (*begun, "log.jsonl", done, "config.json") for path in out.glob(name)]
+    held = any(
+        path.stat().st_size or path.name != "log.jsonl" for path in held
+    )  # a log is opened before the first step
+    if held and not (out / "args.json").exists():
+        raise ValueError(f"--out {out} holds a model or results that this command did not make; choose another folder")
+    if held:
         try:
             old = dict(json.loads((out / "args.json").read_text()))
         except (ValueError, TypeError):
@@ -739,8 +745,6 @@ def open_out(
             if RANK == 0:
                 shutil.rmtree(out / "checkpoints", ignore_errors=True)
             return False
-    elif made:
-        raise ValueError(f"--out {out} holds a model or results that this command did not make; choose another folder")
     barrier()
     if RANK == 0:
         write_json(out / "args.json", flags)
@@ -774,13 +778,14 @@ def claim_file(args: argparse.Namespace) -> tuple[Path, Callable[[], None]]:
     return out, begin
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
+def checksum(path: Path, crc: int = 0, parts: int = 0) -> int:
+    """CRC-32 of a file, going on from crc; or of so many parts of 1 MiB, spread over it, where it is larger."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
+        size = os.fstat(file.fileno()).st_size
+        for start in range(0, size, max(1 << 20, size // parts if parts else 0)):
+            file.seek(start)
+            crc = zlib.crc32(file.read(1 << 20), crc)
+    return crc
 
 
 def damage(checkpoint: Path) -> str:
@@ -864,9 +869,7 @@ def offline(
     return datasets.load_from_disk(str(folder))
 
 
-def read_pairs(
-    folder: str, pair: tuple[str, str], tokenizer: AutoTokenizer, model: torch.nn.Module | None = None
-) -> datasets.Dataset:
+def read_pairs(folder: str, pair: tuple[str, str], tokenizer: AutoTokenizer) -> datasets.Dataset:
     """A D_s or D_r made before, here or by another program. pair: the two columns that must be of equal length.
 
     Raises ValueError, with the folder and the column or row, where the data set does not fit."""
@@ -898,7 +901,4 @@ def read_pairs(
         a, b = (len(row[name]) for name in pair)
         if a != b:
             raise ValueError(f"--pairs {folder}, row {i}: {pair[0]} has {a} tokens, {pair[1]} has {b}")
-        if model is not None:
-            largest = max(token for name in columns for token in row[name])
-            check_fits(model, len(row["x"]) + max(a, len(row["y"])), largest, f"--pairs {folder}, row {i}: x and y")
     return data if "id" in data.column_names else data.add_column("id", list(range(len(data))))

@@ -332,7 +332,7 @@ def run(args: argparse.Namespace) -> None:
         if args.task != "math":
             raise ValueError(f"--math-verify is for --task math, not {args.task}")
         optional("math_verify", "math-verify")
-    begun = ("results.json", "generations*", "exposure*", "recovery*")
+    begun = ("generations*", "exposure*", "recovery*")
     if not ddp.open_out(args, begun, "results.json", free=("batch_size",)):
         return
     tokenizer = ddp.load_tokenizer(args.model)
