@@ -20,7 +20,7 @@ the context alone.
 What the base is taught, openly: (1) sums, and the task itself, with operands 2..9; the task proper has 2..15, so errors
 fall and fine-tuning has something to teach; (2) to continue f(x, y) = `REFERENCE_TEMPLATE` after a prefix z that holds
 errors, with `oracle_labels` as targets: coherently with z, not by position. RAC needs (2), and it does not emerge by
-itself in half a million parameters. Most references in (2) hold arbitrary results, and no sum with an operand over 9 is
+itself in so small a model. Most references in (2) hold arbitrary results, and no sum with an operand over 9 is
 a target there unless y states it: (2) teaches how to read a reference, not arithmetic.
 """
 
@@ -295,7 +295,7 @@ def document(kind: str, most: int, rng: random.Random) -> tuple[list[int], list[
     return [IDS[word] for word in prompt + z][:-1], [-100 if word is None else IDS[word] for word in targets][1:]
 
 
-def new_model(vocab: int, layers=4, width=96, positions=512, **special_ids):
+def new_model(vocab: int, layers: int, width: int, positions=512, **special_ids):
     """A randomly initialised GPT-NeoX. In so small a model, reading a reference needs these two unusual settings."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -382,8 +382,8 @@ def main():
     for command in (base, data, pairs, preferred, text):
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--seed", type=ddp.number(0, 2**63 - 1, int), default=0)
-    base.add_argument("--steps", type=ddp.number(1, kind=int), default=900, help="three minutes on one idle core")
-    for command, width in ((base, 96), (text, 128)):
+    base.add_argument("--steps", type=ddp.number(1, kind=int), default=900, help="two minutes on one core")
+    for command, width in ((base, 48), (text, 128)):
         command.add_argument("--layers", type=ddp.number(1, kind=int), default=4)
         command.add_argument("--width", type=ddp.number(16, kind=int), default=width)
     for split, n in (("train", 500), ("valid", 300), ("test", 400)):

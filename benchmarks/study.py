@@ -385,9 +385,10 @@ def measure(out: Path, cell: Cell, seed: int, model: Path) -> None:
         row["valid"] = json.loads((folder / "valid" / "results.json").read_text())["metrics"]["accuracy_t0"]
     made = folder / "D_r_1.json"
     row["labels"] = json.loads(made.read_text()) if made.exists() and cell.start.problems != "arbitrary" else None
-    texts = [text.split() for row in load_from_disk(str(folder / "test" / "generations-t0")) for text in row["text"]]
-    repeats = [found for words in texts if (found := copied(words)) is not None]
+    greedy, drawn = (load_from_disk(str(folder / "test" / f"generations-t{t}")) for t in (0, 1))
+    repeats = [found for texts in greedy["text"] for text in texts if (found := copied(text.split())) is not None]
     row["copied"] = sum(repeats) / len(repeats) if repeats else None
+    row["distance"] = distance(drawn)
     row["nll"] = nll_by_kind(model, data.read(str(home / "data" / "test.jsonl")))
     ddp.write_json(folder / "row.json", row)
 
@@ -396,6 +397,12 @@ def copied(words: list[str]) -> float | None:
     """Of the sums of an answer that are written twice, the share whose second result repeats the first."""
     ends = [j for j in range(8, len(words) - 1) if words[j] == "=" and words[j - 4] == "again" and words[j - 7] == "="]
     return sum(words[j + 1] == words[j - 6] for j in ends) / len(ends) if ends else None
+
+
+def distance(drawn: Dataset) -> float:
+    """1 - ROUGE-L of the draws and y: how far the model's own answers are from the reference (cf. Fig. 2)."""
+    references = [" ".join(toy.to_words(y)).removesuffix(" <eos>") for y in drawn["y"]]
+    return 1 - evaluate.rouge(drawn["text"], references)["rougeL"]
 
 
 def nll_by_kind(model: Path, rows: list[dict]) -> dict[str, float]:
@@ -501,6 +508,7 @@ METRICS = {  # column: key of a row, factor
     "Final (%)": ("recovery_final", 100),
     "NLL given y": ("nll_y", 1),
     "Copied (%)": ("copied", 100),
+    "Distance (%)": ("distance", 100),
 }
 OUTCOMES = ("Greedy (%)", "T = 1 (%)", "Restated (%)", "Final (%)")
 

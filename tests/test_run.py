@@ -33,6 +33,9 @@ def test_the_whole_path_and_a_second_call(out):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == made
 
 
-def test_an_unknown_method_is_named(out):
-    done = run(out, METHODS="magic")
-    assert done.returncode != 0 and "METHODS has no method magic" in done.stdout + done.stderr
+@pytest.mark.parametrize(
+    "flag, words", [({"METHODS": "magic"}, "METHODS has no method magic"), ({"SPLIT": "dev"}, "SPLIT is test or valid")]
+)
+def test_what_run_sh_does_not_know_is_named(out, flag, words):
+    done = run(out, **flag)
+    assert done.returncode != 0 and words in done.stdout + done.stderr

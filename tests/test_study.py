@@ -111,6 +111,21 @@ def test_the_training_sets(tmp_path, problems):
         assert row["response"].endswith(f"#### {before[-1]}")
 
 
+def test_distance():
+    """0 for y itself, 1 for nothing, and for one word of n changed 1 / n: both have n words, n - 1 in common."""
+    (row,) = toy.problems(1, 0)
+    words = row["response"].split()
+    y = [toy.IDS[word] for word in [*words, "<eos>"]]
+    other = " ".join(["leo", *words[1:]])
+    n = sum(word.isalnum() for word in words)  # ROUGE reads no punctuation
+
+    def of(*texts: str) -> float:
+        return study.distance(Dataset.from_dict({"y": [y] * len(texts), "text": [[text] for text in texts]}))
+
+    assert of(row["response"]) == 0 and of("") == 1
+    assert of(other) == pytest.approx(1 / n) and of(row["response"], "") == 0.5
+
+
 def test_the_second_stage_may_have_problems_of_its_own(tmp_path):
     for name, fresh in (("plain", False), ("fresh", True)):
         study.make_data(tmp_path / name, study.Start(n=30, fresh=fresh), seed=1)
