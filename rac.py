@@ -52,7 +52,8 @@ import toy
 from sft import sft_loss, sft_phase
 
 # Label precision below which RAC warns: Eq. 7 keeps just the labels that differ from z, whether or not they are right
-# (STUDY.md: break-even is near 0.8 for greedy accuracy, near 1 for sampling).
+# (STUDY.md: with random wrong labels break-even is near 0.8 for greedy accuracy and near 1 for sampling; with a model's
+# own wrong labels greedy accuracy suffered at 0.9, too).
 POOR = 0.9
 # A correction is implausible where the model itself, not shown the reference, gives it less than this probability.
 IMPLAUSIBLE, SAMPLE = 0.01, 200  # measured on so many rows
