@@ -15,7 +15,7 @@ The task is to keep count over three or four steps. One word is one token, and s
 Errors fall after `=`. Each sum is written twice, and a step goes on from its second result. Teacher forcing shows only
 second results that equal the first, so it leaves open whether to copy or to calculate: a model that copies carries its
 error to the end, one that calculates recovers. That is the training-inference gap in small, and it can be closed from
-the context alone.
+the context alone. At the default width SFT teaches to copy, at `--width 96` less so (STUDY.md, 10).
 
 What the base is taught, openly: (1) sums, and the task itself, with operands 2..9; the task proper has 2..15, so errors
 fall and fine-tuning has something to teach; (2) to continue f(x, y) = `REFERENCE_TEMPLATE` after a prefix z that holds
