@@ -722,10 +722,8 @@ def open_out(
         except BlockingIOError:
             raise ValueError(f"--out {out}: another run is writing there") from None
     barrier()
-    held = [path for name in (*begun, "log.jsonl", done, "config.json") for path in out.glob(name)]
-    held = any(
-        path.stat().st_size or path.name != "log.jsonl" for path in held
-    )  # a log is opened before the first step
+    there = [path for name in (*begun, "log.jsonl", done, "config.json") for path in out.glob(name)]
+    held = any(path.name != "log.jsonl" or path.stat().st_size for path in there)  # a log opens before the first step
     if held and not (out / "args.json").exists():
         raise ValueError(f"--out {out} holds a model or results that this command did not make; choose another folder")
     if held:

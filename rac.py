@@ -141,8 +141,7 @@ def make_d_r(
     def keep(model: torch.nn.Module, rows: list[dict]) -> list[dict]:
         x, z, z_bar = ([row[name] for row in rows] for name in ("x", "z", "z_bar"))
         some = [column[::every] for column in (x, z, z_bar)]
-        likely = plausible_labels(model, *some, IMPLAUSIBLE, args.micro_batch_size)
-        seen.add_(torch.tensor([corrections(some[1], some[2]), corrections(some[1], likely)], device=run.device))
+        seen.add_(torch.tensor(count_plausible(model, *some, args.micro_batch_size), device=run.device))
         if args.plausible:
             z_bar = plausible_labels(model, x, z, z_bar, args.plausible, args.micro_batch_size)
         return [row | {"z_bar": kept} for row, kept in zip(rows, z_bar, strict=True)]
@@ -273,6 +272,14 @@ def plausible_labels(
         for i, row in zip(some, logp.exp().tolist(), strict=True):
             kept[i] = [label if q >= p else own for label, own, q in zip(z_bar[i], z[i], row)]
     return kept
+
+
+def count_plausible(
+    model: torch.nn.Module, x: list[list[int]], z: list[list[int]], z_bar: list[list[int]], batch_size: int = 8
+) -> tuple[int, int]:
+    """How many corrections there are, and to how many the model, not shown the reference, gives IMPLAUSIBLE or more."""
+    kept = plausible_labels(model, x, z, z_bar, IMPLAUSIBLE, batch_size)
+    return corrections(z, z_bar), corrections(z, kept)
 
 
 def to_first_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[int]]:

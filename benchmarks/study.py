@@ -114,6 +114,11 @@ def cells(start: Start = Start(), methods: str = "sft sft-more scs bash rac orac
     return [dataclasses.replace(known[name], start=start, **settings) for name in methods.split()]
 
 
+def labelled(names: str, start: Start = Start()) -> list[Cell]:
+    """RAC from one start, each cell named for the labels that it learns (see `make_pairs`)."""
+    return [Cell(name, "rac", labels=name, start=start) for name in names.split()]
+
+
 SFT_MORE, SFT_COMPUTE = cells(methods="sft-more sft-compute")
 PLAIN = "sft-more bash rac oracle-results"
 ALL = "sft sft-compute " + PLAIN
@@ -122,8 +127,7 @@ APART = Start("apart", sft_steps=480)  # another form than the base's documents:
 FACTORS = {  # in the order in which they run
     "methods": cells(methods="sft sft-more sft-compute scs bash rac oracle"),
     "labels": [Cell(f"results-{p:g}", "rac", labels=f"added-{p:g}-results") for p in (0.9, 0.75, 0.5)]
-    + [Cell("base", "rac", labels="base")]
-    + [Cell("teacher", "rac", labels="teacher")]
+    + labelled("base teacher")
     + cells(Start(replay=True), "sft sft-compute sft-more rac"),
     "kept": [
         Cell("unmasked", "rac", "--unmasked", "current"),
@@ -132,20 +136,18 @@ FACTORS = {  # in the order in which they run
         Cell("oracle-first", "rac", "--first-correction-only", "oracle"),
         *cells(methods="oracle-results"),
         Cell("results", "rac", labels="current-results"),
-        *[Cell(f"oracle-plausible-{p:g}", "rac", labels=f"oracle-plausible-{p:g}") for p in (0.1, 0.01, 0.001)],
-        *[Cell(f"plausible-{p:g}", "rac", labels=f"plausible-{p:g}") for p in (0.1, 0.01, 0.001)],
-        Cell("sure-0.9", "rac", labels="sure-0.9"),
-        Cell("sure-0.9-plausible-0.001", "rac", labels="sure-0.9-plausible-0.001"),
-        Cell("base-plausible-0.001", "rac", labels="base-plausible-0.001"),
+        *labelled("oracle-plausible-0.1 oracle-plausible-0.01 oracle-plausible-0.001"),
+        *labelled("plausible-0.1 plausible-0.01 plausible-0.001"),
+        *labelled("sure-0.9 sure-0.9-plausible-0.001 base-plausible-0.001"),
         Cell("soft", "rac", "--labels topk"),
         Cell("soft-reverse", "rac", "--labels topk --kl reverse"),
-        Cell("teacher-plausible-0.001", "rac", labels="teacher-plausible-0.001"),
-        Cell("plausible-0.001", "rac", labels="plausible-0.001", start=Start(replay=True)),
+        *labelled("teacher-plausible-0.001"),
+        *labelled("plausible-0.001", Start(replay=True)),
     ],
-    "base": cells(LONGER, ALL)
-    + [Cell(f"plausible-{p:g}", "rac", labels=f"plausible-{p:g}", start=LONGER) for p in (0.1, 0.01, 0.001)],
+    "base": cells(LONGER, ALL) + labelled("plausible-0.1 plausible-0.01 plausible-0.001", LONGER),
     "problems": [cell for kind in ("easy", "once", "arbitrary") for cell in cells(Start(kind), ALL)]
-    + [*cells(APART, ALL + " oracle"), Cell("plausible-0.01", "rac", labels="plausible-0.01", start=APART)],
+    + cells(APART, ALL + " oracle")
+    + labelled("plausible-0.01", APART),
     "data": [cell for n in (125, 2000) for cell in cells(Start(n=n), ALL)],
     "saturation": cells(Start(sft_steps=640), ALL) + cells(Start(sft_steps=640, fresh=True), ALL),
     "beta": [Cell(f"bash-beta{b:g}", "bash", f"--beta {b:g}") for b in (0.5, 1)]
@@ -168,8 +170,7 @@ FACTORS = {  # in the order in which they run
         for lr in (1e-4, 1e-3)
         for b in (0.1, 1)
     ],
-    "size": cells(Start(width=48), ALL + " scs oracle")
-    + [Cell(f"plausible-{p:g}", "rac", labels=f"plausible-{p:g}", start=Start(width=48)) for p in (0.1, 0.01)],
+    "size": cells(Start(width=48), ALL + " scs oracle") + labelled("plausible-0.1 plausible-0.01", Start(width=48)),
 }
 AGAIN = cells(methods="sft-more oracle-results")
 CHOSEN_FROM = {cell.key for cells in FACTORS.values() for cell in cells if cell.start == Start()}
@@ -388,8 +389,9 @@ def measure(out: Path, cell: Cell, seed: int, model: Path) -> None:
     greedy, drawn = (load_from_disk(str(folder / "test" / f"generations-t{t}")) for t in (0, 1))
     repeats = [found for texts in greedy["text"] for text in texts if (found := copied(text.split())) is not None]
     row["copied"] = sum(repeats) / len(repeats) if repeats else None
-    row["distance"] = distance(drawn)
-    row["nll"] = nll_by_kind(model, data.read(str(home / "data" / "test.jsonl")))
+    problems = data.read(str(home / "data" / "test.jsonl"))
+    row["distance"] = distance(drawn, problems)
+    row["nll"] = nll_by_kind(model, problems)
     ddp.write_json(folder / "row.json", row)
 
 
@@ -399,10 +401,9 @@ def copied(words: list[str]) -> float | None:
     return sum(words[j + 1] == words[j - 6] for j in ends) / len(ends) if ends else None
 
 
-def distance(drawn: Dataset) -> float:
+def distance(drawn: Dataset, problems: list[dict]) -> float:
     """1 - ROUGE-L of the draws and y: how far the model's own answers are from the reference (cf. Fig. 2)."""
-    references = [" ".join(toy.to_words(y)).removesuffix(" <eos>") for y in drawn["y"]]
-    return 1 - evaluate.rouge(drawn["text"], references)["rougeL"]
+    return 1 - evaluate.rouge(drawn["text"], [problems[i]["response"] for i in drawn["id"]])["rougeL"]
 
 
 def nll_by_kind(model: Path, rows: list[dict]) -> dict[str, float]:
@@ -695,14 +696,14 @@ def shares(out: Path) -> None:
         rows = load_from_disk(str(folder / "D_r_1"))
         rows = [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / rac.SAMPLE))]
         x, y, z, own = columns(rows, "x", "y", "z", "z_bar")
-        right = [toy.oracle_labels(*pair) for pair in zip(y, z, strict=True)]
         model, start = ddp.load_model(str(folder.parent / "sft"), "float32"), folder.parent.parent.name
-        for whose, z_bar in (("own", own), ("right", right)):
+        labels = {"own": own}
+        if not start.startswith("arbitrary"):  # where the right labels are not the oracle's
+            labels["right"] = [toy.oracle_labels(*pair) for pair in zip(y, z, strict=True)]
+        for whose, z_bar in labels.items():
             with ddp.inference(model):
-                kept = rac.plausible_labels(model, x, z, z_bar, rac.IMPLAUSIBLE, 64)
-            if whose == "own" or not start.startswith("arbitrary"):  # where the right labels are not the oracle's
-                share = 1 - rac.corrections(z, kept) / max(rac.corrections(z, z_bar), 1)
-                found.setdefault(start, {}).setdefault(whose, []).append(round(share, 4))
+                n, plausible = rac.count_plausible(model, x, z, z_bar, 64)
+            found.setdefault(start, {}).setdefault(whose, []).append(round(1 - plausible / max(n, 1), 4))
     ddp.write_json(ROWS.parent / "implausible.json", found)
 
 

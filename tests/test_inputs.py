@@ -454,7 +454,6 @@ def run(base, tmp_path, monkeypatch, command: str, flags: str, prepare: Callable
     words = flags[5:] if flags.startswith("only") else GIVEN[command] + flags
     name = command.split()[0]
     monkeypatch.setattr("sys.argv", [f"{name}.py", *shlex.split(words)])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
     ddp.cli(MODULES[name].main)
 
 

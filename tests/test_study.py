@@ -115,12 +115,12 @@ def test_distance():
     """0 for y itself, 1 for nothing, and for one word of n changed 1 / n: both have n words, n - 1 in common."""
     (row,) = toy.problems(1, 0)
     words = row["response"].split()
-    y = [toy.IDS[word] for word in [*words, "<eos>"]]
     other = " ".join(["leo", *words[1:]])
     n = sum(word.isalnum() for word in words)  # ROUGE reads no punctuation
 
     def of(*texts: str) -> float:
-        return study.distance(Dataset.from_dict({"y": [y] * len(texts), "text": [[text] for text in texts]}))
+        drawn = Dataset.from_dict({"id": [0] * len(texts), "text": [[text] for text in texts]})
+        return study.distance(drawn, [row])
 
     assert of(row["response"]) == 0 and of("") == 1
     assert of(other) == pytest.approx(1 / n) and of(row["response"], "") == 0.5
