@@ -58,6 +58,7 @@ TRAIN=500 TEST=400 BASE_STEPS=900 SFT_EPOCHS=5 SFT_LR=7e-4 E=${E:-8} LR=${LR:-1e
 SPIN_LR=${SPIN_LR:-1e-4} SPIN_BETA=${SPIN_BETA:-1}
 # dpo: its pairs are y and the SFT model's own z, on which it makes as many epochs; of the same four settings the best.
 DPO_LR=${DPO_LR:-1e-4} DPO_BETA=${DPO_BETA:-1}
+case $E in *[!0-9]*) echo "run.sh: E is a number of epochs, not $E" >&2; exit 2 ;; esac
 case $SPLIT in test | valid) ;; *) echo "run.sh: SPLIT is test or valid, not $SPLIT" >&2; exit 2 ;; esac
 if [ -n "${QUICK:-}" ]; then TRAIN=64 TEST=32 BASE_STEPS=40 SFT_EPOCHS=1 E=1; fi
 STAGE="--task toy --batch-size 16 --micro-batch-size 16 --warmup 0.1"

@@ -34,7 +34,12 @@ def test_the_whole_path_and_a_second_call(out):
 
 
 @pytest.mark.parametrize(
-    "flag, words", [({"METHODS": "magic"}, "METHODS has no method magic"), ({"SPLIT": "dev"}, "SPLIT is test or valid")]
+    "flag, words",
+    [
+        ({"METHODS": "magic"}, "METHODS has no method magic"),
+        ({"SPLIT": "dev"}, "SPLIT is test or valid"),
+        ({"E": "x"}, "E is a number of epochs, not x"),
+    ],
 )
 def test_what_run_sh_does_not_know_is_named(out, flag, words):
     done = run(out, **flag)
