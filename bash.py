@@ -13,18 +13,21 @@ Departures from the paper
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 
 import data
-import ddp_utils as ddp
 import generate
+from batches import losses
+from data import Dataset
+from ddp_utils import Run
+from lib import stage
+from lib.flags import count, group, number, positive
+from lib.ranks import cli, fold_in, print0
 from sft import sft_loss, sft_phase
 
 
+# The body is that of sft_loss and scs_loss: these methods change what the model reads, and nothing else.
 def bash_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 5: -sum_j log p(y^j | x, y_hat^{<j}) and the number of tokens. The input is mixed, the target is y.
 
@@ -34,53 +37,56 @@ def bash_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tupl
     return nll[mask.bool()].sum(), mask.sum().float()
 
 
-def make_d_s(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
+def make_d_s(run: Run, examples: Dataset, iteration: int) -> Dataset:
     """D_s = {(x, y, y_hat)} by the current model (Algorithm 1, line 8): y_hat is y mixed with model tokens, Eq. 4."""
+    args, stats = run.args, {"forwards": 0}
     options = {"beta": args.beta, "temperature": args.temperature, "batch_size": args.generation_batch_size}
-    options["stats"] = stats = {"forwards": 0}
+    options |= {"seed": fold_in(args.seed, iteration), "stats": stats}
 
     def make(rows: list[dict]) -> list[dict]:
-        x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
-        y_hat = generate.mix(run.model, x, y, seed=ddp.fold_in(args.seed, iteration), ids=ids, **options)  # Eq. 4
+        x, y, ids = ([row[name] for row in rows] for name in ("x", "y", "id"))
+        y_hat = generate.mix(run.model, x, y, ids=ids, **options)  # Eq. 4
         return [row | {"y_hat": mixed} for row, mixed in zip(rows, y_hat, strict=True)]
 
     d_s = run.offline(f"D_s_{iteration}", make, examples)
     if stats["forwards"]:
-        ddp.print0(f"D_s_{iteration}: drawn in {stats['forwards']} forwards of one process")
+        print0(f"D_s_{iteration}: drawn in {stats['forwards']} forwards of one process")
     return d_s
 
 
 def main() -> None:
-    parser = ddp.parser(__doc__, sorted(data.TASKS))
-    parser.add_argument("--iterations", type=ddp.count, default=1, help="H")
-    parser.add_argument("--epochs-per-iteration", "--epochs", dest="epochs", type=ddp.number(0), default=1)
-    parser.add_argument("--sft-epochs", type=ddp.number(0), default=0, help="K1: epochs of Eq. 1 alone first")
-    parser.add_argument("--sft-weight", type=ddp.number(0), default=1.0, help="of J_SFT beside J_BASH (0: Table 6)")
-    parser.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in y_hat")
-    parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of y_hat")
-    parser.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
-    parser.add_argument("--pairs", help="a D_s to use in the first iteration instead of making one")
-    parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
-    args = parser.parse_args()
-    run, examples, pairs = ddp.start_with_pairs(args, data.load, ("y", "y_hat"))
+    p = stage.parser(__doc__)
+    paper, machine = group(p, "the paper's"), group(p, "machine")
+    paper.add_argument("--iterations", type=count, default=1, help="H")
+    paper.add_argument("--epochs-per-iteration", "--epochs", dest="epochs", type=number(0), default=1)
+    paper.add_argument("--sft-epochs", type=number(0), default=0, help="K1: epochs of Eq. 1 alone first")
+    paper.add_argument("--sft-weight", type=number(0), default=1.0, help="of J_SFT beside J_BASH (0: Table 6)")
+    paper.add_argument("--beta", type=number(0, 1), default=0.2, help="share of the model's own tokens in y_hat")
+    paper.add_argument("--temperature", type=number(0), default=1.0, help="of the draw of y_hat")
+    group(p, "data").add_argument("--pairs", help="a D_s to use in the first iteration instead of making one")
+    machine.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
+    machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
+    args = p.parse_args()
+    run, examples, pairs = stage.start_with_pairs(args, data.load, ("y", "y_hat"))
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
     weight = {"bash": 1.0, "sft": args.sft_weight}
     for iteration in range(1, args.iterations + 1):  # line 7
-        d_s = pairs if pairs and iteration == 1 else make_d_s(run, examples, args, iteration)  # line 8
+        d_s = pairs if pairs and iteration == 1 else make_d_s(run, examples, iteration)  # line 8
         differ = sum(a != b for row in d_s for a, b in zip(row["y"], row["y_hat"], strict=True))
-        ddp.print0(f"D_s_{iteration}: {differ / sum(map(len, d_s['y'])):.2%} of the tokens of y_hat differ from y")
-        for batch, micro_batches in run.steps(d_s, args.epochs):  # lines 9-10
-            n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
-            for rows in micro_batches:
+        print0(f"D_s_{iteration}: {differ / sum(map(len, d_s['y'])):.2%} of the tokens of y_hat differ from y")
+        for step in run.steps(d_s, args.epochs):  # lines 9-10
+            n = step.tokens("y")  # of the global batch
+            for rows in step.micro_batches:  # this rank's share
                 x, y, y_hat = ([row[name] for row in rows] for name in ("x", "y", "y_hat"))
                 terms = {"bash": (bash_loss, y_hat, y)}  # line 12: y_hat is read, y is the target
                 if args.sft_weight:
                     terms["sft"] = (sft_loss, y, y)  # line 11
-                sums = data.losses(run.model, x, terms, args.share_prompt)
-                run.backward(**{name: weight[name] * total / n for name, total in sums.items()})  # line 13
+                sums = losses(run.model, x, terms, args.share_prompt)
+                run.backward(**{name: weight[name] * total / n for name, total in sums.items()})
+            run.update()  # line 13
     run.finish()
 
 
 if __name__ == "__main__":
-    ddp.cli(main)
+    cli(main)

@@ -22,10 +22,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 
-import data
-import ddp_utils as ddp
+from batches import Rows, length, losses
+from data import Dataset
+from ddp_utils import Run
+from lib import stage
+from lib.flags import group, number
+from lib.preferences import load_preferences
+from lib.ranks import all_sum, cli
 
 
 def dpo_loss(
@@ -44,11 +48,11 @@ def dpo_loss(
 
 
 def log_probs(
-    model: torch.nn.Module, x: data.Rows, given: dict[str, data.Rows], share_prompt: bool = False
+    model: torch.nn.Module, x: Rows, given: dict[str, Rows], share_prompt: bool = False
 ) -> dict[str, torch.Tensor]:
     """log p(y|x) of each row y of `given`, from one forward pass: {name: float32 [B]}. 0 where y is empty.
 
-    As `data.losses`, which adds up whatever its terms return: here a vector with one entry a row."""
+    As `losses`, which adds up whatever its terms return: here a vector with one entry a row."""
 
     def by_row(logits: torch.Tensor, y: torch.Tensor, row: torch.Tensor, mask: torch.Tensor) -> tuple:
         log_p = -F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")  # [N]
@@ -56,12 +60,12 @@ def log_probs(
         return torch.where(mine, log_p, 0).sum(dim=1), mask.sum()  # not index_add: on GPUs it varies from run to run
 
     rows = {name: [[i] * len(y) for i, y in enumerate(ys)] for name, ys in given.items()}
-    return data.losses(model, x, {name: (by_row, ys, ys, rows[name]) for name, ys in given.items()}, share_prompt)
+    return losses(model, x, {name: (by_row, ys, ys, rows[name]) for name, ys in given.items()}, share_prompt)
 
 
 def with_log_probs(model: torch.nn.Module, rows: list[dict], batch_size: int) -> list[dict]:
     """The pairs (x, y, z) with y_logp and z_logp, the model's log-probabilities of y and z. Runs under `inference`."""
-    order = sorted(range(len(rows)), key=lambda i: ddp.length(rows[i]))  # little padding in a batch
+    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))  # little padding in a batch
     made = list(rows)
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
@@ -72,39 +76,41 @@ def with_log_probs(model: torch.nn.Module, rows: list[dict], batch_size: int) ->
     return made
 
 
-def preference_phase(run: ddp.Run, name: str, loss: Callable, pairs: Dataset, epochs: float) -> None:
+def preference_phase(run: Run, name: str, loss: Callable, pairs: Dataset, epochs: float) -> None:
     """Trains on pairs (x, y, z, y_logp, z_logp) by dpo_loss or spin_loss: a mean over the pairs of the global batch."""
     beta = run.args.beta
-    for batch, micro_batches in run.steps(pairs, epochs):
+    for step in run.steps(pairs, epochs):
+        n = len(step.rows)  # pairs of the global batch
         rewards = torch.zeros(2, device=run.device)  # sums of the margins, and of 1(margin > 0)
-        for rows in micro_batches:
+        for rows in step.micro_batches:
             x, y, z = ([row[column] for row in rows] for column in ("x", "y", "z"))
             policy = log_probs(run.model, x, {"y": y, "z": z}, run.args.share_prompt)
             real = [i for i, row in enumerate(rows) if row["y"]]  # the others only keep an idle rank in step
             columns = ([rows[i][column] for i in real] for column in ("y_logp", "z_logp"))
             reference = [torch.tensor(column, dtype=torch.float32, device=run.device) for column in columns]
             sums = (policy["y"][real], policy["z"][real], *reference)  # [pairs] each
-            run.backward(**{name: loss(*sums, beta)[0] / len(batch)})
+            run.backward(**{name: loss(*sums, beta)[0] / n})
             policy_y, policy_z, reference_y, reference_z = (logp.detach() for logp in sums)
             margin = beta * ((policy_y - reference_y) - (policy_z - reference_z))
             rewards += torch.stack([margin.sum(), (margin > 0).sum()])
-        margin, accuracy = (ddp.all_sum(rewards) / len(batch)).tolist()
-        run.also = {"reward_margin": margin, "reward_accuracy": accuracy}
+        margin, accuracy = (all_sum(rewards) / n).tolist()
+        run.update(reward_margin=margin, reward_accuracy=accuracy)
 
 
 def main() -> None:
-    parser = ddp.parser(__doc__, sorted(data.TASKS), task="ultrachat")
-    parser.set_defaults(lr=5e-7, batch_size=128, max_prompt=512)
-    parser.add_argument("--epochs", type=ddp.number(0), default=1)
-    parser.add_argument("--beta", type=ddp.number(0), default=0.01, help="of the loss: how close to the reference")
-    parser.add_argument("--max-length", type=ddp.number(2, kind=int), default=1024, help="tokens of x and a response")
-    parser.add_argument("--share-prompt", action="store_true", help="both sides read x once (4-D attention mask)")
-    args = parser.parse_args()
-    run, examples = ddp.start(args, data.load_preferences)
+    p = stage.parser(__doc__, task="ultrachat")
+    p.set_defaults(lr=5e-7, batch_size=128, max_prompt=512)
+    paper = group(p, "the paper's")
+    paper.add_argument("--epochs", type=number(0), default=1)
+    paper.add_argument("--beta", type=number(0), default=0.01, help="of the loss: how close to the reference")
+    group(p, "data").add_argument("--max-length", type=number(2, kind=int), default=1024, help="tokens of x and y or z")
+    group(p, "machine").add_argument("--share-prompt", action="store_true", help="y and z read x once (4-D mask)")
+    args = p.parse_args()
+    run, examples = stage.start(args, load_preferences)
     pairs = run.offline("D_ref", lambda rows: with_log_probs(run.model, rows, args.micro_batch_size), examples)
     preference_phase(run, "dpo", dpo_loss, pairs, args.epochs)
     run.finish()
 
 
 if __name__ == "__main__":
-    ddp.cli(main)
+    cli(main)

@@ -36,98 +36,39 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 
 import data
-import ddp_utils as ddp
+import folders
 import generate
 import toy
-
-
-def optional(module: str, package: str) -> ModuleType:
-    """A module of an optional package. Raises ValueError, with the pip command, where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"this needs {package} ({ddp.first_line(error)}): pip install {package}") from None
-
-
-# ---------------------------------------------------------------------------------------------- answers
-def gsm8k_answer(text: str) -> str | None:
-    """The number behind the first `#### `, without commas; None where there is none. Compared as a string."""
-    found = re.search(r"#### (\-?[0-9\.\,]+)", text)
-    return found.group(1).replace(",", "") if found else None
-
-
-def gsm8k_flexible(text: str) -> str | None:
-    """The last number in a text, less $, commas and a last point: lm-evaluation-harness's flexible-extract."""
-    found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
-    return found[-1].replace("$", "").replace(",", "").removesuffix(".") if found else None
-
-
-def math_answer(text: str) -> str | None:
-    """What stands in the last \\boxed{} or \\fbox{}, or behind `\\boxed `; None if there is none or it never closes."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+)", text))
-    if not boxes:
-        return None
-    inside = text[boxes[-1].end() :]
-    if not boxes[-1].group(1):
-        return re.match(r"[^$\n]*", inside).group().strip() or None
-    depth = 1
-    for brace in re.finditer(r"\\[\\{}]|[{}]", inside):  # an escaped brace is a symbol
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if not depth:
-            return inside[: brace.start()].strip()
-    return None
-
-
-def math_normal(answer: str) -> str:
-    """One spelling for the ways to write an answer of MATH, after hendrycks/math: no spaces, units, degrees, dollar or
-    percent signs, \\left or \\right; \\frac{1}{2} for \\dfrac12, \\tfrac{1}2, 1/2 and 0.5; \\sqrt{3} for \\sqrt3."""
-    s = re.sub(r"(?<!\\)\\[!,;: ]", "", answer)  # spacing
-    s = re.sub(r"\\[dt]frac", r"\\frac", s)
-    s = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\^\{?\\circ\}?|\\?[$%]", "", s).strip().rstrip(".")
-    s = re.sub(r"(?<=.)\\(?:text|mbox)\{\s[^{}]*\}(?:\^\{?\d\}?)?$", "", s)  # 5 \text{ cm}^2
-    s = re.sub(r"^\\text\{([^{}]*)\}$", r"\1", s)  # \text{Evelyn}
-    s = re.sub(r"^[a-zA-Z]{1,2}\s*=", "", s)  # x = 5
-    s = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", s)  # .5
-    s = re.sub(r"\\sqrt\s*(\\[a-zA-Z]+|[^\s{\[\\])", r"\\sqrt{\1}", s)
-    argument = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\\[a-zA-Z]+|[^\s{}\\]))"  # {...}, \pi or one character
-    s = re.sub(rf"\\frac{argument}{argument}", r"\\frac{\1\2}{\3\4}", s)
-    s = re.sub(r"^(-?)([0-9]+)\s*/\s*([0-9]+)$", r"\1\\frac{\2}{\3}", s)
-    s = "".join(s.split())
-    s = s.replace(",", "") if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", s) else s  # 1,234
-    return "\\frac{1}{2}" if s == "0.5" else s
-
-
-def math_equal(a: str | None, b: str | None) -> bool:
-    """Are two answers of MATH the same once normalised? No answer equals nothing."""
-    return bool(a and b and math_normal(a)) and math_normal(a) == math_normal(b)
-
-
-def math_verified(a: str | None, b: str | None) -> bool:
-    """The same by Hugging Face's math-verify, which parses both (a = b in value); `--math-verify`."""
-    package = optional("math_verify", "math-verify")
-    if a is None or b is None:
-        return False
-    a, b = (package.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (a, b))
-    return bool(package.verify(b, a, timeout_seconds=None))
-
-
-def same(a: str | None, b: str | None) -> bool:
-    return a is not None and a == b
-
+from batches import pad_responses, teacher_forced
+from data import Dataset
+from ddp_utils import Run
+from folders import claim_file, open_out, write_json
+from lib.answers import (
+    gsm8k_answer,
+    gsm8k_flexible,
+    math_answer,
+    math_equal,
+    math_verified,
+    of_several,
+    optional,
+    same,
+)
+from lib.answers import pass_at_k as pass_at_k  # for those who look for it here
+from lib.flags import count, data_flags, group, model_flags, new_parser, number, positive
+from lib.fsdp import check_fits, inference, load_tokenizer, model_of
+from lib.ranks import RANK, WORLD, all_sum, barrier, cli, fold_in, init, print0
+from lib.rows import read
+from lib.tables import cell, table, title
 
 CHECKS = {  # task: (the answer in a text, are two answers the same)
     "toy": (toy.answer, same),
@@ -136,55 +77,7 @@ CHECKS = {  # task: (the answer in a text, are two answers the same)
 }
 
 
-# ---------------------------------------------------------------------------------------------- arithmetic
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): is one of k right, estimated without bias from n samples of which c are right."""
-    if not (1 <= k <= n and 0 <= c <= n):
-        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, not n={n}, c={c}, k={k}")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def majority(answers: list[str | None], equal: Callable[[str, str], bool] = same) -> str | None:
-    """The most frequent answer, by `equal`; of several the one that came first. None has no vote."""
-    votes: list[list] = []  # [answer, how many], in order of first occurrence
-    for answer in answers:
-        if answer is not None:
-            group = next((group for group in votes if equal(group[0], answer)), None)
-            if group:
-                group[1] += 1
-            else:
-                votes.append([answer, 1])
-    return max(votes, key=lambda group: group[1])[0] if votes else None
-
-
-def of_several(answers: list[list[str | None]], right: list[list[bool]], equal: Callable, k: int) -> dict[str, float]:
-    """pass@k (from all samples, unbiased) and maj@k (of the first k), in the mean over problems."""
-    most = [majority(row[:k], equal) for row in answers]
-    return {
-        "pass": statistics.fmean(pass_at_k(len(goods), sum(goods), k) for goods in right),
-        "maj": statistics.fmean(
-            best is not None and goods[row.index(best)] for best, row, goods in zip(most, answers, right, strict=True)
-        ),
-    }
-
-
-def mean_se(values: list[float]) -> tuple[float, float | None]:
-    """The mean and its standard error, sd(ddof=1) / sqrt(n); None from a single value."""
-    if not values:
-        raise ValueError("no values to take a mean of")
-    se = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), se
-
-
-def paired_difference(a: dict[int, float], b: dict[int, float]) -> tuple[float, float | None, int]:
-    """(mean, standard error, number) of a - b over the seeds that both have. Raises ValueError where there are none."""
-    seeds = sorted(a.keys() & b.keys())
-    if not seeds:
-        raise ValueError(f"no seed in common: {sorted(a)} and {sorted(b)}")
-    return *mean_se([a[seed] - b[seed] for seed in seeds]), len(seeds)
-
-
-@torch.no_grad()
+# ---------------------------------------------------------------------------------------------- what a model does
 def nll(
     model: torch.nn.Module, x: list[list[int]], inputs: list[list[int]], targets: list[list[int]], batch_size: int = 8
 ) -> list[float]:
@@ -194,20 +87,15 @@ def nll(
     """
     if any(len(a) != len(b) for a, b in zip(inputs, targets, strict=True)):
         raise ValueError("inputs and targets must be of the same length, row by row")
-    order = sorted(range(len(x)), key=lambda i: len(x[i]) + len(targets[i]))  # little padding in a batch
     sums = [0.0] * len(x)
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        b = data.batch([x[i] for i in some], [inputs[i] for i in some], model.device)
-        y, mask = data.pad_responses([targets[i] for i in some], model.device)  # [B, L]
-        logits = data.response_logits(model, b).float()  # [B, L, V]
-        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)  # [B, L]
+    for some, logits in teacher_forced(model, x, inputs, batch_size):
+        y, mask = pad_responses([targets[i] for i in some], model.device)  # [B, L]
+        losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         for i, loss in zip(some, (losses.double() * mask).sum(dim=1).tolist(), strict=True):
             sums[i] = loss
     return sums
 
 
-# ---------------------------------------------------------------------------------------------- run
 def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, str], t: float) -> tuple[dict, dict]:
     """({accuracy_tT: ...}, details) at temperature t; no metric for tasks whose responses have no answer to check."""
 
@@ -215,12 +103,12 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
         drawn = generate.generate(
             model, [row["x"] for row in rows], ids=[row["id"] for row in rows], max_new_tokens=args.max_response,
             eos_token_id=tokenizer.eos_token_id, temperature=t, n=args.generations if t else 1,
-            seed=ddp.fold_in(args.seed, t), batch_size=args.batch_size,
+            seed=fold_in(args.seed, t), batch_size=args.batch_size,
         )  # fmt: skip
         texts = [[tokenizer.decode(z, skip_special_tokens=True) for z in samples] for samples in drawn]
         return [{**row, "z": z, "text": text} for row, z, text in zip(rows, drawn, texts, strict=True)]
 
-    rows = ddp.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer)
+    rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer)
     every = [z for samples in rows["z"] for z in samples]
     details = {
         "tokens": statistics.fmean(map(len, every)),
@@ -273,7 +161,7 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
         new = zip(rows, g, on_y, on_g, strict=True)
         return [{**row, "g": g_i, "nll_y": a, "nll_g": b} for row, g_i, a, b in new]
 
-    rows = ddp.offline(Path(args.out) / "exposure", make, examples, model, tokenizer)
+    rows = folders.offline(Path(args.out) / "exposure", make, examples, model, tokenizer)
     n = sum(map(len, rows["y"]))
     on_y, on_g = math.fsum(rows["nll_y"]) / n, math.fsum(rows["nll_g"]) / n
     return {"nll_y": on_y, "nll_g": on_g, "exposure_gap": on_g - on_y}
@@ -301,7 +189,7 @@ def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
             made.append({**row, "prefix": ids_i, "z": z, **toy.recovery(words[row["id"]], prefix, written)})
         return made
 
-    rows = ddp.offline(Path(args.out) / "recovery", make, examples, model, tokenizer)
+    rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer)
     return {f"recovery_{key}": statistics.fmean(rows[key]) for key in ("restated", "final")}
 
 
@@ -311,12 +199,12 @@ def train_seconds(folder: str) -> float | None:
     if not log.exists():
         return None
     made = [json.loads(path.read_text()) for path in Path(folder).glob("D_*/source.json")]
-    return sum(row.get("seconds", 0) for row in data.read(str(log)) + made)
+    return sum(row.get("seconds", 0) for row in read(str(log)) + made)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures one model and writes OUT/results.json."""
-    ddp.init()
+    init()
     if not args.name.strip():
         raise ValueError("--name is empty: it is the row of the table")
     spec = data.TASKS[args.task]
@@ -333,12 +221,12 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--math-verify is for --task math, not {args.task}")
         optional("math_verify", "math-verify")
     begun = ("generations*", "exposure*", "recovery*")
-    if not ddp.open_out(args, begun, "results.json", free=("batch_size",)):
+    if not open_out(args, begun, "results.json", free=("batch_size",)):
         return
-    tokenizer = ddp.load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model)
     examples, notes = data.load(args, tokenizer, args.split)
     for note in notes:
-        ddp.print0(note)
+        print0(note)
     rows = data.load_rows(args.task, args.data, args.split, args.columns, args.limit)
     references = {row["id"]: row["response"] for row in rows}
     if args.task in CHECKS:
@@ -346,13 +234,13 @@ def run(args: argparse.Namespace) -> None:
         if len(silent) == len(examples):
             raise ValueError(f"no response of the data holds an answer as --task {args.task} writes it")
         if silent:
-            ddp.print0(f"{len(silent)} references without an answer count as never reached, first: row {silent[0]}")
+            print0(f"{len(silent)} references without an answer count as never reached, first: row {silent[0]}")
 
-    model = ddp.model_of(args)
+    model = model_of(args)
     tokens = max(len(row["x"]) + max(len(row["y"]), args.max_response * bool(args.temperatures)) for row in examples)
     if args.task == "toy":
         tokens = max(len(row["x"] + row["y"]) for row in examples) + args.max_response  # recovery begins inside of y
-    ddp.check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
+    check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
     test_set = hashlib.sha256(json.dumps([[row["id"], row["x"], row["y"]] for row in examples]).encode()).hexdigest()
     metrics, details = {}, {}
     for t in args.temperatures:
@@ -370,11 +258,11 @@ def run(args: argparse.Namespace) -> None:
         "max_response": args.max_response, "dtype": args.dtype, "metrics": metrics, "details": details,
     }  # fmt: skip
     results |= {} if args.x is None else {"x": args.x}
-    ddp.barrier()
-    if ddp.RANK == 0:
-        ddp.write_json(Path(args.out) / "results.json", results)
+    barrier()
+    if RANK == 0:
+        write_json(Path(args.out) / "results.json", results)
     shown = ", ".join(f"{title(key)} {cell(key, (value, None))}" for key, value in metrics.items())
-    ddp.print0(f"{args.name}, seed {args.seed}, {len(examples)} examples: {shown}")
+    print0(f"{args.name}, seed {args.seed}, {len(examples)} examples: {shown}")
 
 
 # ---------------------------------------------------------------------------------------------- AlpacaEval
@@ -384,20 +272,20 @@ def alpaca(args: argparse.Namespace) -> None:
     if not args.name.strip():
         raise ValueError("--name is empty: it is the generator in the leaderboard")
     args.task, args.columns = "ultrachat", f"prompt={args.instruction},response=output"
-    ddp.init()
-    out, begin = ddp.claim_file(args)
-    tokenizer = ddp.load_tokenizer(args.model)
+    init()
+    out, begin = claim_file(args)
+    tokenizer = load_tokenizer(args.model)
     examples, notes = data.load(args, tokenizer, args.split, need_response=False)
     rows = data.load_rows(args.task, args.data, args.split, args.columns, args.limit, need_response=False)
     if not all(isinstance(row["prompt"], str) for row in rows):
         raise ValueError(f"--data {args.data}: column {args.instruction!r} is list, not text; alpaca_eval has one turn")
     for note in notes:
-        ddp.print0(note)
+        print0(note)
     if len(examples) < len(rows):
         raise ValueError(f"--data {args.data}: alpaca_eval needs an answer to each instruction; raise --max-prompt")
-    model = ddp.model_of(args)
+    model = model_of(args)
     longest = max(len(row["x"]) for row in examples) + args.max_response
-    ddp.check_fits(model, longest, max(max(row["x"]) for row in examples), "instruction and answer")
+    check_fits(model, longest, max(max(row["x"]) for row in examples), "instruction and answer")
     begin()
 
     def make(some: list[dict]) -> list[dict]:
@@ -408,18 +296,18 @@ def alpaca(args: argparse.Namespace) -> None:
         )  # fmt: skip
         return [{"id": row["id"], "x": row["x"], "z": z} for row, (z,) in zip(some, drawn, strict=True)]
 
-    made = ddp.offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
+    made = folders.offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
     texts = {row["id"]: tokenizer.decode(row["z"], skip_special_tokens=True).strip() for row in made}
-    if ddp.RANK == 0:
-        ddp.write_json(out, [
+    if RANK == 0:
+        write_json(out, [
             {"instruction": row["prompt"], "output": texts[row["id"]], "generator": args.name,
              "dataset": str(row.get("dataset", ""))} for row in rows
         ])  # fmt: skip
-    ddp.print0(f"{len(rows)} outputs, {sum(not text for text in texts.values())} of them empty: {out}")
+    print0(f"{len(rows)} outputs, {sum(not text for text in texts.values())} of them empty: {out}")
 
 
 # ---------------------------------------------------------------------------------------------- while training
-def watch(run: ddp.Run) -> Callable[[], dict[str, float]]:
+def watch(run: Run) -> Callable[[], dict[str, float]]:
     """For --eval-every: a function that measures the run's model on held-out rows, for log.jsonl.
 
     held_nll and held_gap in nats per token of y, as nll_y and exposure_gap; held_accuracy (greedy) or held_rougeL where
@@ -438,11 +326,11 @@ def watch(run: ddp.Run) -> Callable[[], dict[str, float]]:
     spec = data.TASKS[args.task]
     new = (args.max_response or spec.max_response) if args.task in (*CHECKS, "tldr") else 0
     tokens = max(len(row["x"]) + max(len(row["y"]), new) for row in examples)
-    ddp.check_fits(run.model, tokens, max(max(row["x"] + row["y"]) for row in examples), "--eval-data: x and y")
+    check_fits(run.model, tokens, max(max(row["x"] + row["y"]) for row in examples), "--eval-data: x and y")
     name = {"tldr": "rougeL"}.get(args.task, "accuracy") if new else None
     if args.task == "tldr":
         optional("rouge_score.rouge_scorer", "rouge-score")
-    mine = examples.to_list()[ddp.RANK :: ddp.WORLD]
+    mine = examples.to_list()[RANK::WORLD]
     x, y, ids = ([row[key] for row in mine] for key in ("x", "y", "id"))
     size = {"ids": ids, "batch_size": getattr(args, "generation_batch_size", 64)}
 
@@ -455,183 +343,64 @@ def watch(run: ddp.Run) -> Callable[[], dict[str, float]]:
 
     def measure() -> dict[str, float]:
         end, drawn = run.tokenizer.eos_token_id, []
-        with ddp.inference(run.model):
+        with inference(run.model):
             g = generate.mix(run.model, x, y, beta=0.2, **size)  # Eq. 4; one beta for all stages, to compare
             on_y, on_g = (sum(nll(run.model, x, inputs, y, args.micro_batch_size)) for inputs in (y, g))
             if new:
                 drawn = generate.generate(run.model, x, temperature=0, max_new_tokens=new, eos_token_id=end, **size)
         good = sum(score(z, references[i]) for i, (z,) in zip(ids, drawn)) if new else 0.0
         sums = torch.tensor([on_y, on_g, sum(map(len, y)), good, len(y)], dtype=torch.float64, device=run.device)
-        on_y, on_g, n, good, count = ddp.all_sum(sums).tolist()
+        on_y, on_g, n, good, count = all_sum(sums).tolist()
         return {"held_nll": on_y / n, "held_gap": (on_g - on_y) / n} | ({f"held_{name}": good / count} if name else {})
 
     return measure
 
 
-# ---------------------------------------------------------------------------------------------- table
-def percent(metric: str) -> bool:
-    return metric.startswith(("accuracy", "recovery", "flexible", "pass@", "maj@", "rouge", "win_rate"))
-
-
-def title(metric: str) -> str:
-    """A column's head, as in the paper's tables where it has one."""
-    if metric.startswith("accuracy_t"):
-        return "Greedy (%)" if metric == "accuracy_t0" else f"Temperature = {metric[10:]} (%)"
-    if found := re.fullmatch(r"(flexible|(?:pass|maj)@\d+|rouge[12L]|win_rate)_t([\d.e+-]+)", metric):
-        name = found[1].replace("rouge", "ROUGE-").replace("_", " ").replace("flexible", "flexible match")
-        return f"{name}, T = {found[2]} (%)"
-    return {
-        "recovery_restated": "Error restated right (%)", "recovery_final": "Final right after error (%)",
-        "nll_y": "NLL given y", "nll_g": "NLL given g", "exposure_gap": "Gap", "train_seconds": "Training (s)",
-    }.get(metric, metric)  # fmt: skip
-
-
-def cell(metric: str, value: tuple | None, sign: str = "") -> str:
-    """`48.8 ± 1.2`; no error from a single seed, a dash where nothing was measured."""
-    if value is None:
-        return "–"
-    scale, digits = (100, 1) if percent(metric) else (1, 1 if metric == "train_seconds" else 4)
-    mean, se = value[:2]
-    return f"{mean * scale:{sign}.{digits}f}" + (f" ± {se * scale:.{digits}f}" if se is not None else "")
-
-
-SAME = ("task", "test_set", "beta", "generations", "max_response")  # what the runs of one table must share
-
-
-def read_results(paths: list[str]) -> list[dict]:
-    """The runs of results.json files, or of the .json that `table --out` wrote. Raises ValueError naming the file."""
-    runs = []
-    for path in paths:
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            found = found.get("runs", [found])
-            good = found and all({"name", "seed", "n", "metrics", *SAME} <= one.keys() for one in found)
-            for one in found if good else []:
-                good &= isinstance(one["name"], str) and isinstance(one["seed"], int)
-                good &= all(isinstance(value, int | float) for value in [one["beta"], *one["metrics"].values()])
-        except (ValueError, TypeError, AttributeError):
-            good = False
-        if not good:
-            raise ValueError(f"{path}: not a results.json of `evaluate.py run`")
-        runs += [{"file": path, **one} for one in found]
-    return runs
-
-
-def summarise(runs: list[dict], baseline: str | None = None) -> dict:
-    """One row a name, in order of first appearance: (mean, s.e.) over seeds of each metric, and of its difference to
-    the baseline's run of the same seed. Raises ValueError where the runs do not belong in one table."""
-    first, rows = runs[0], {}
-    judges = {json.dumps(one["judge"], sort_keys=True): one["file"] for one in runs if "judge" in one}
-    if len(judges) > 1:
-        raise ValueError(f"{' and '.join(judges.values())}: win rates by different judges: not one table")
-    for one in runs:
-        for key in SAME:
-            if one[key] != first[key]:
-                raise ValueError(f"{one['file']} has {key} {one[key]}, {first['file']} has {first[key]}: not one table")
-        seeds = rows.setdefault(one["name"], {})
-        if one["seed"] in seeds:
-            other = seeds[one["seed"]]["file"]
-            raise ValueError(f"{one['file']} and {other}: both are {one['name']}, seed {one['seed']}")
-        if seeds and (differ := next(iter(seeds.values()))["metrics"].keys() ^ one["metrics"].keys()):
-            raise ValueError(f"{one['file']}: only some runs of {one['name']} have {', '.join(sorted(differ))}")
-        seeds[one["seed"]] = one
-    if baseline and baseline not in rows:
-        raise ValueError(f"--baseline {baseline}: no such name; there are {', '.join(rows)}")
-    columns = list(dict.fromkeys(key for one in runs for key in one["metrics"]))
-
-    def by_seed(name: str, metric: str) -> dict[int, float]:
-        return {seed: one["metrics"][metric] for seed, one in rows[name].items() if metric in one["metrics"]}
-
-    table = {"columns": columns, "baseline": baseline, "rows": [], "differences": [], "runs": runs}
-    for name, seeds in rows.items():
-        values = {key: by_seed(name, key) for key in columns}
-        means = {key: mean_se(list(found.values())) for key, found in values.items() if found}
-        table["rows"].append({"name": name, "seeds": sorted(seeds), "metrics": means})
-        if baseline and name != baseline:
-            pairs = {key: (values[key], by_seed(baseline, key)) for key in columns}
-            less = {key: paired_difference(a, b)[:2] for key, (a, b) in pairs.items() if a.keys() & b.keys()}
-            common = sorted(seeds.keys() & rows[baseline].keys())
-            table["differences"].append({"name": name, "seeds": common, "metrics": less})
-    return table
-
-
-def markdown(table: dict) -> str:
-    """The caption, the table, and the table of differences where there is a baseline."""
-    run, columns = table["runs"][0], table["columns"]
-
-    def lines(head: str, rows: list[dict], sign: str = "") -> list[str]:
-        cells = [[head, *map(title, columns), "Seeds"], ["---"] + ["---:"] * (len(columns) + 1)]
-        for row in rows:
-            values = (cell(key, row["metrics"].get(key), sign) for key in columns)
-            cells.append([row["name"].replace("|", "\\|"), *values, str(len(row["seeds"]))])
-        return ["| " + " | ".join(line) + " |" for line in cells]
-
-    caption = (
-        f"Task {run['task']}, {run['n']} test examples (set {run['test_set']}); mean ± standard error over seeds. "
-        f"Accuracies in percent (above temperature 0: of {run['generations']} generations), NLL in nats per token "
-        f"of y; g: the model's own mixed prefix of Eq. 4, β = {run['beta']:g}; Gap: the NLL given g less that given y."
-    )
-    parts = [caption, "", *lines("Method", table["rows"])]
-    if table["differences"]:
-        head = f"Less {table['baseline']}"
-        parts += ["", f"{head} of the same seed (accuracies in percentage points):", ""]
-        parts += lines(head, table["differences"], "+")
-    return "\n".join(parts) + "\n"
-
-
-def table(args: argparse.Namespace) -> None:
-    """Prints the table; with --out, writes OUT.md and OUT.json (which holds all runs, and can be read in again)."""
-    runs = read_results(args.results)
-    baseline = args.baseline or ("sft-more" if any(one["name"] == "sft-more" for one in runs) else None)
-    made = summarise(runs, baseline)
-    text = markdown(made)
-    print(text, end="")
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{args.out}.md").write_text(text, encoding="utf-8")
-        ddp.write_json(Path(f"{args.out}.json"), made)
-
-
+# ---------------------------------------------------------------------------------------------- the command
 def temperatures(text: str) -> list[float]:
     """An argparse type: "0,0.1,1" -> [0.0, 0.1, 1.0]; "" is none."""
-    return list(dict.fromkeys(ddp.number(0)(part) for part in filter(None, text.split(","))))
+    return list(dict.fromkeys(number(0)(part) for part in filter(None, text.split(","))))
 
 
 def numbers(text: str) -> list[int]:
     """An argparse type: "1,4" -> [1, 4]."""
-    return [ddp.number(1, kind=int)(part) for part in text.split(",")]
+    return [positive(part) for part in text.split(",")]
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("run", help="measure one model", allow_abbrev=False)
-    ddp.data_flags(p, sorted(data.TASKS))
-    p.add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
-    p.add_argument("--out", required=True, help="folder for results.json and what the model wrote")
-    p.add_argument("--name", required=True, help="the method: the row of the table")
-    p.add_argument("--seed", type=ddp.count, default=0, help="of the training run, and of the draws")
-    p.add_argument("--temperatures", type=temperatures, help="default 0,0.1,1 with answers to check; tldr: 0.01")
-    p.add_argument("--generations", type=ddp.number(1, kind=int), help="a problem, above temperature 0 (3; tldr: 1)")
-    p.add_argument("--k", type=numbers, help="also pass@k and maj@k in the table, for these k (e.g. 1,4)")
-    p.add_argument("--math-verify", action="store_true", default=None, help="math: compare with that package")
-    p.add_argument("--x", type=ddp.number(), help="where show.py puts this run in a plot, e.g. training examples")
-    p.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in g (Eq. 4)")
-    p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
+    data_flags(p, sorted(data.TASKS))
+    group(p, "data").add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
+    g = p.add_argument_group("what is measured")
+    g.add_argument("--out", required=True, help="folder for results.json and what the model wrote")
+    g.add_argument("--name", required=True, help="the method: the row of the table")
+    g.add_argument("--seed", type=count, default=0, help="of the training run, and of the draws")
+    g.add_argument("--temperatures", type=temperatures, help="default 0,0.1,1 with answers to check; tldr: 0.01")
+    g.add_argument("--generations", type=positive, help="a problem, above temperature 0 (3; tldr: 1)")
+    g.add_argument("--k", type=numbers, help="also pass@k and maj@k in the table, for these k (e.g. 1,4)")
+    g.add_argument("--math-verify", action="store_true", default=None, help="math: compare with that package")
+    g.add_argument("--beta", type=number(0, 1), default=0.2, help="share of the model's own tokens in g (Eq. 4)")
+    g.add_argument("--x", type=number(), help="where tools/show.py puts this run in a plot, e.g. training examples")
+    group(p, "machine").add_argument("--batch-size", type=positive, default=64, help="rows decoded at once by one rank")
+
     p = commands.add_parser("alpaca", help="the outputs file of the alpaca_eval package", allow_abbrev=False)
-    ddp.model_flags(p)
-    p.add_argument("--data", required=True, help="a .jsonl/.json/.parquet file (or hub set) of instructions")
-    p.add_argument("--instruction", default="instruction", help="the column that holds them")
-    p.add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
-    p.add_argument("--name", required=True, help="the generator's name")
-    p.add_argument("--out", required=True, help="the .json file")
-    p.add_argument("--temperature", type=ddp.number(0), default=0.7, help="0 is greedy")
-    p.add_argument("--seed", type=ddp.count, default=0, help="another seed is another generation")
-    p.add_argument("--limit", type=ddp.count, default=0, help="use only the first N rows (0: all)")
-    p.add_argument("--max-prompt", type=ddp.count, default=2048, help="tokens of the instruction in its template")
-    p.add_argument("--max-response", type=ddp.number(1, kind=int), default=2048, help="tokens of the answer")
-    p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
+    model_flags(p)
+    g = p.add_argument_group("data")
+    g.add_argument("--data", required=True, help="a .jsonl/.json/.parquet file (or hub set) of instructions")
+    g.add_argument("--instruction", default="instruction", help="the column that holds them")
+    g.add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
+    g.add_argument("--limit", type=count, default=0, help="use only the first N rows (0: all)")
+    g.add_argument("--max-prompt", type=count, default=2048, help="tokens of the instruction in its template")
+    g.add_argument("--max-response", type=positive, default=2048, help="tokens of the answer")
+    g = p.add_argument_group("what is written")
+    g.add_argument("--name", required=True, help="the generator's name")
+    g.add_argument("--out", required=True, help="the .json file")
+    g.add_argument("--temperature", type=number(0), default=0.7, help="0 is greedy")
+    g.add_argument("--seed", type=count, default=0, help="another seed is another generation")
+    group(p, "machine").add_argument("--batch-size", type=positive, default=64, help="rows decoded at once by one rank")
+
     p = commands.add_parser("table", help="Markdown and JSON from several runs", allow_abbrev=False)
     p.add_argument("results", nargs="+", help="results.json files, or the .json of an earlier table")
     p.add_argument("--baseline", help="the name to take differences to (default: sft-more, if it is there)")
@@ -641,4 +410,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ddp.cli(main)
+    cli(main)

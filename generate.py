@@ -34,79 +34,25 @@ the next drawn position ("segment"). Both give, in float32, the very tokens of t
     sampling.
 """
 
+from __future__ import annotations
+
+import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
+
+from lib.kv_cache import Columns, close_gaps, join, keep_rows
+from lib.noise import draw, noise_keys
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Rows = list[list[int]]  # token ids, one list a row
-
-# ------------------------------------------------------------------------------------------------------------ the noise
-
-
-def scramble(h: Tensor) -> Tensor:
-    """A bijection of 64-bit integers that leaves no pattern (the finaliser of splitmix64; Steele et al. 2014)."""
-    h = (h ^ (h >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # int64 wraps around, on CPU and GPU alike; `>>` drags the
-    h = (h ^ (h >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15  # sign along, hence the `&`
-    return h ^ (h >> 31 & 0x1FFFFFFFF)
-
-
-def noise_keys(seed: int, ids: list[int], samples: list[int], length: int) -> Tensor:
-    """One 64-bit key per token: int64 [B, length] for (seed, ids[b], samples[b], position); on the CPU."""
-    key = scramble(torch.full((len(ids),), seed % 2**62, dtype=torch.int64) + 0x1E3779B97F4A7C15)  # [B]
-    for part in (torch.tensor(ids), torch.tensor(samples)):
-        key = scramble(scramble(key) + part)  # [B]
-    return scramble(key[:, None] + torch.arange(length) * -0x61C8864680B583EB)  # [B, length]
-
-
-def gumbel(keys: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise, float32 [N, vocab], from keys int64 [N]: always finite, and the same on every device (but
-    for the last digit of the logarithm).
-
-    A 32-bit hash of the vocabulary entry (constants of Wellons' lowbias32), with half of the key mixed in before each
-    round. The 31-bit uniform is finest near 0, where -log(-log(1 - u)) is large, so the tail reaches 22 (p = 2e-10).
-    """
-    low, high = keys.int()[:, None], (keys >> 32).int()[:, None]  # [N, 1], the two halves of the key
-    h = torch.arange(vocab, dtype=torch.int32, device=keys.device) * -0x61C88647 ^ low  # [N, V]
-    h ^= h >> 16 & 0xFFFF
-    h *= 0x7FEB352D
-    h ^= high
-    h ^= h >> 15 & 0x1FFFF
-    h *= 0x846CA68B - 2**32
-    h ^= h >> 16
-    u = (h & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31 * (1 - 2.0**-24))  # in (0, 1), both ends excluded in float32
-    return u.neg_().log1p_().neg_().log_().neg_()
-
-
-def draw(logits: Tensor, keys: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> Tensor:
-    """z ~ softmax(logits / T), cut to the top k, then to the nucleus p. logits [N, V], keys int64 [N] -> z int64 [N].
-
-    T = 0 is the argmax. In the nucleus is a token with less than top_p of probability strictly above it (so ties go
-    together). Sorting the vocabulary costs more than a small model does: instead z is drawn, and drawn on while it
-    falls outside of the nucleus, which comes to the argmax over the nucleus.
-    """
-    logits = logits.float()  # [N, V]
-    if temperature == 0:
-        return logits.argmax(-1)
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    score = gumbel(keys, logits.shape[-1]).mul_(temperature).add_(logits)  # [N, V], logits + T · Gumbel
-    z = score.argmax(-1)  # [N]
-    if top_p < 1:
-        p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # [N, V]
-        while True:
-            p_z = p.gather(-1, z[:, None])  # [N, 1]
-            outside = (p * (p > p_z)).sum(-1, keepdim=True) >= top_p  # [N, 1]
-            if not outside.any():
-                break
-            score.masked_fill_(outside & (p <= p_z), -torch.inf)  # z, and all that is less probable
-            z = score.argmax(-1)
-    return z
-
 
 # ------------------------------------------------------------------------------------------------------------ the model
 
@@ -150,14 +96,21 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, at:
     (bool [B, Q]) is true, in row order; without it those of the last column, [B, V]. [B, Q, V] is never made."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [B, Q]; padding on the left has no position
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    inputs |= {cache_name(type(model)): cache, "use_cache": True}
     if at is None:
-        return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [B, V]
+        return model(**inputs, logits_to_keep=1).logits[:, -1]  # [B, V]
     # [B, Q, d] -> [1, N, d] at the door of the output matrix
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][at][None],))
     try:
-        return model(**inputs, past_key_values=cache, use_cache=True).logits[0]  # [N, V]
+        return model(**inputs).logits[0]  # [N, V]
     finally:
         hook.remove()
+
+
+@functools.cache
+def cache_name(kind: type) -> str:
+    """What the forward of a class of models calls its cache: the name changes with transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def prefill(model: PreTrainedModel, prompts: Rows, device: torch.device) -> tuple[Tensor, Tensor, Cache]:
@@ -184,79 +137,6 @@ def right_aligned(length: Tensor, width: int) -> Tensor:
 def feed(model: PreTrainedModel, tokens: Tensor, length: Tensor, cache: Cache) -> Tensor:
     """One token [B] behind the `length` tokens [B] of each row in the cache -> the logits [B, V] after it."""
     return forward(model, tokens[:, None], right_aligned(length + 1, cache.get_seq_length() + 1), cache)
-
-
-# ------------------------------------------------------------------------------------------------------------ the cache
-
-
-class Columns(DynamicLayer):
-    """A layer's keys and values: the first `rows` rows and the columns start … end of two buffers [R, H, C, d]. A token
-    is written into the next free column, where a DynamicLayer copies all that came before it."""
-
-    rows = start = end = 0
-
-    def hold(self, keys: Tensor, values: Tensor, free: int = 0) -> None:
-        """Takes [R, H, C, d] for its buffers, whose last `free` columns are free."""
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self.rows, self.start, self.end = len(keys), 0, keys.shape[2] - free
-
-    def used(self) -> tuple[Tensor, Tensor]:
-        rows, columns = slice(self.rows), slice(self.start, self.end)
-        return self.keys[rows, :, columns], self.values[rows, :, columns]  # [B, H, S, d] each
-
-    def get_seq_length(self) -> int:
-        return self.end - self.start
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        new = key_states.shape[2]
-        if not self.is_initialized:
-            self.hold(key_states[:, :, :0], value_states[:, :, :0])
-        if self.end + new > self.keys.shape[2]:  # the rows that are not in use stay, for `join`
-            rows, old = self.rows, (t[:, :, self.start : self.end] for t in (self.keys, self.values))
-            self.hold(*(F.pad(t, (0, 0, 0, new + FREE)) for t in old), new + FREE)
-            self.rows = rows
-        self.end += new
-        keys, values = self.used()
-        keys[:, :, -new:], values[:, :, -new:] = key_states, value_states
-        return keys, values
-
-
-FREE = 64  # columns that a buffer has to spare when it is made
-
-
-def keep_rows(cache: Cache, rows: list[int], length: Tensor) -> list[int]:
-    """Keeps these rows (ascending), and the columns that their lengths need, in place: only rows behind the new end are
-    moved, into the places of those that leave -> the rows in their new order."""
-    width, size = max(length[rows].tolist(), default=0), len(rows)
-    move = dict(zip(sorted({*range(size)} - {*rows}), [row for row in rows if row >= size]))  # to: from
-    for layer in cache.layers:
-        layer.start = layer.end - width
-        for t in layer.used() if move else ():
-            t[[*move]] = t[[*move.values()]]
-        layer.rows = size
-    return [move.get(row, row) for row in range(size)]
-
-
-def join(cache: Cache, other: Cache) -> None:
-    """Puts the rows of `other`, which are no longer than those of `cache`, into the places of rows that have left."""
-    for layer, new in zip(cache.layers, other.layers):
-        layer.rows += new.rows
-        for t, u in zip(layer.used(), new.used()):
-            t[-new.rows :] = F.pad(u, (0, 0, t.shape[2] - u.shape[2], 0))
-
-
-def close_gaps(cache: Cache, mask: Tensor, rows: list[int]) -> Tensor:
-    """Keeps these rows, and moves their tokens to the right, so that all padding is on the left again -> the new mask
-    [B', S']. (Attention would bear gaps, but a sliding window counts columns.)"""
-    mask, row = mask[rows], torch.tensor(rows, device=mask.device)
-    order = mask.argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()) :]  # [B', S'], zeros first
-    for layer in cache.layers:
-        h, width = layer.keys.shape[1:3]  # C columns; the S' of each head are rows of one matrix [R·H·C, d]:
-        head = row[:, None] * h + torch.arange(h, device=mask.device)  # [B', H]; index_select is 6 times as fast as
-        where = head[..., None] * width + layer.start + F.pad(order, (0, FREE))[:, None]  # gather or t[where]
-        new = (t.view(-1, t.shape[3]).index_select(0, where.flatten()) for t in (layer.keys, layer.values))
-        layer.hold(*(t.view(*where.shape, -1) for t in new), FREE)  # [B', H, S' + FREE, d]
-    return mask.gather(1, order)
 
 
 # ------------------------------------------------------------------------------------------------ plain sampling: Eq. 2
@@ -520,36 +400,37 @@ def check(
 
 
 def main() -> None:
-    import argparse
     import json
 
-    import data
-    import ddp_utils as ddp
+    import data  # of the command alone: who copies the decoder leaves this function behind
+    from folders import claim_file, offline
+    from lib.flags import count, data_flags, group, new_parser, number, positive
+    from lib.fsdp import check_fits, load_tokenizer, model_of
+    from lib.ranks import RANK, init, print0
 
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    ddp.data_flags(p, sorted(data.TASKS))
-    p.add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
-    p.add_argument("--out", required=True, help="a .jsonl file: id, prompt, reference, responses (one object a line)")
-    p.add_argument("--n", type=ddp.number(1, kind=int), default=1, help="samples for each prompt")
-    p.add_argument("--temperature", type=ddp.number(0), default=1.0, help="0 is greedy")
-    p.add_argument("--top-p", type=ddp.number(1e-6, 1), default=1.0)
-    p.add_argument("--top-k", type=ddp.count, default=0)
-    p.add_argument("--batch-size", type=ddp.number(1, kind=int), default=64, help="rows decoded at once by one rank")
-    p.add_argument("--seed", type=ddp.count, default=0)
+    p = new_parser(__doc__)
+    data_flags(p, sorted(data.TASKS))
+    group(p, "data").add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
+    g = p.add_argument_group("what is drawn")
+    g.add_argument("--out", required=True, help="a .jsonl file: id, prompt, reference, responses (one object a line)")
+    g.add_argument("--n", type=positive, default=1, help="samples for each prompt")
+    g.add_argument("--temperature", type=number(0), default=1.0, help="0 is greedy")
+    g.add_argument("--top-p", type=number(1e-6, 1), default=1.0)
+    g.add_argument("--top-k", type=count, default=0)
+    g.add_argument("--seed", type=count, default=0)
+    group(p, "machine").add_argument("--batch-size", type=positive, default=64, help="rows decoded at once by one rank")
     args = p.parse_args()
-    ddp.init()
-    out, begin = ddp.claim_file(args)
-    tokenizer = ddp.load_tokenizer(args.model)
+    init()
+    out, begin = claim_file(args)
+    tokenizer = load_tokenizer(args.model)
     examples, notes = data.load(args, tokenizer, args.split, need_response=False)
     for note in notes:
-        ddp.print0(note)
-    model = ddp.model_of(args)
+        print0(note)
+    model = model_of(args)
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "n", "seed", "batch_size")}
     options["max_new_tokens"] = args.max_response or data.TASKS[args.task].max_response
     tokens = max(map(len, examples["x"])) + options["max_new_tokens"]
-    ddp.check_fits(model, tokens, max(map(max, examples["x"])), "prompt and response")
+    check_fits(model, tokens, max(map(max, examples["x"])), "prompt and response")
     begin()
 
     def make(rows: list[dict]) -> list[dict]:
@@ -557,8 +438,8 @@ def main() -> None:
         z = generate(model, x, eos_token_id=tokenizer.eos_token_id, ids=ids, **options)
         return [row | {"z": samples} for row, samples in zip(rows, z)]
 
-    made = ddp.offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
-    if ddp.RANK == 0:
+    made = offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
+    if RANK == 0:
         text = {"skip_special_tokens": True}
         lines = [
             {
@@ -572,10 +453,10 @@ def main() -> None:
         partial = out.with_name(out.name + ".partial")
         partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         partial.rename(out)
-    ddp.print0(f"{len(made)} prompts, {args.n} responses each: {out} (token ids in {out}.data)")
+    print0(f"{len(made)} prompts, {args.n} responses each: {out} (token ids in {out}.data)")
 
 
 if __name__ == "__main__":
-    import ddp_utils
+    from lib.ranks import cli
 
-    ddp_utils.cli(main)
+    cli(main)

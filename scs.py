@@ -14,17 +14,21 @@ Departures from the paper
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 
 import data
-import ddp_utils as ddp
 import generate
+from batches import losses
+from ddp_utils import Run, Step
+from lib import stage
+from lib.flags import group, number, positive
+from lib.fsdp import inference
+from lib.ranks import cli, fold_in
 from sft import sft_loss, sft_phase
 
 
+# The body is that of sft_loss and bash_loss: these methods change what the model reads, and nothing else.
 def scs_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eq. 3: -sum_j log p(y^j | x, g^{<j}) and the number of tokens. The target is always y.
 
@@ -34,45 +38,43 @@ def scs_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple
     return nll[mask.bool()].sum(), mask.sum().float()
 
 
-def mixed(run: ddp.Run, micro_batches: list[list[dict]], args: argparse.Namespace) -> list[list[list[int]]]:
-    """g of Eq. 4 for each row of each micro-batch, by the current weights. Logs the forwards that it took."""
-    rows = [row for some in micro_batches for row in some]
+def mixed(run: Run, step: Step, stats: dict[str, int]) -> list[list[list[int]]]:
+    """g of Eq. 4 for each row of each of the step's micro-batches, by the current weights."""
+    args, rows = run.args, [row for some in step.micro_batches for row in some]
     x, y, ids = ([row[name] for row in rows] for name in ("x", "y", "id"))
     options = {"beta": args.beta, "temperature": args.temperature, "batch_size": args.generation_batch_size}
-    stats = {"forwards": 0}
-    with ddp.inference(run.model):
-        gs = iter(
-            generate.mix(run.model, x, y, seed=ddp.fold_in(args.seed, run.total), ids=ids, stats=stats, **options)
-        )
-    run.also = {"mix_forwards": stats["forwards"]}  # of rank 0
-    return [[next(gs) for _ in some] for some in micro_batches]
+    with inference(run.model):
+        g = iter(generate.mix(run.model, x, y, seed=fold_in(args.seed, run.total), ids=ids, stats=stats, **options))
+    return [[next(g) for _ in some] for some in step.micro_batches]
 
 
 def main() -> None:
-    parser = ddp.parser(__doc__, sorted(data.TASKS))
-    parser.add_argument("--epochs", type=ddp.number(0), default=1)
-    parser.add_argument("--sft-epochs", type=ddp.number(0), default=0, help="K1: epochs of Eq. 1 alone first")
-    parser.add_argument("--sft-weight", type=ddp.number(0), default=0.0, help="of J_SFT beside J_SCS")
-    parser.add_argument("--beta", type=ddp.number(0, 1), default=0.2, help="share of the model's own tokens in g")
-    parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of g")
-    parser.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
-    parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
-    args = parser.parse_args()
-    run, examples = ddp.start(args, data.load)
+    p = stage.parser(__doc__)
+    paper, machine = group(p, "the paper's"), group(p, "machine")
+    paper.add_argument("--epochs", type=number(0), default=1)
+    paper.add_argument("--sft-epochs", type=number(0), default=0, help="K1: epochs of Eq. 1 alone first")
+    paper.add_argument("--sft-weight", type=number(0), default=0.0, help="of J_SFT beside J_SCS")
+    paper.add_argument("--beta", type=number(0, 1), default=0.2, help="share of the model's own tokens in g")
+    paper.add_argument("--temperature", type=number(0), default=1.0, help="of the draw of g")
+    machine.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
+    machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
+    args = p.parse_args()
+    run, examples = stage.start(args, data.load)
     sft_phase(run, examples, args.sft_epochs)
 
     weight = {"scs": 1.0, "sft": args.sft_weight}
-    for batch, micro_batches in run.steps(examples, args.epochs):
-        n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
-        for rows, g in zip(micro_batches, mixed(run, micro_batches, args), strict=True):  # Eq. 4
+    for step in run.steps(examples, args.epochs):
+        n, stats = step.tokens("y"), {"forwards": 0}  # tokens of the global batch
+        for rows, g in zip(step.micro_batches, mixed(run, step, stats), strict=True):  # Eq. 4
             x, y = ([row[name] for row in rows] for name in ("x", "y"))
             terms = {"scs": (scs_loss, g, y)}  # Eq. 3: g is read, y is the target
             if args.sft_weight:
                 terms["sft"] = (sft_loss, y, y)
-            sums = data.losses(run.model, x, terms, args.share_prompt)
+            sums = losses(run.model, x, terms, args.share_prompt)
             run.backward(**{name: weight[name] * total / n for name, total in sums.items()})
+        run.update(mix_forwards=stats["forwards"])  # of rank 0
     run.finish()
 
 
 if __name__ == "__main__":
-    ddp.cli(main)
+    cli(main)

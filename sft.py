@@ -22,10 +22,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 
 import data
-import ddp_utils as ddp
+from batches import losses
+from data import Dataset
+from ddp_utils import Run
+from lib import stage
+from lib.flags import group, number
+from lib.ranks import cli, fold_in
 
 
 def sft_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,13 +46,13 @@ def sft_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple
 def neftune(model: torch.nn.Module, rows: list[dict], alpha: float, seed: int) -> Iterator[None]:
     """Inside, a training pass over rows (id, x, y) has noise on its input embeddings (Jain et al. 2023):
     uniform(-1, 1) * alpha / sqrt(L d) on each of the L tokens of an example, d wide; none on padding."""
-    rows = [row for row in rows if row["y"]] or rows[:1]  # what data.losses passes, in its order
+    rows = [row for row in rows if row["y"]] or rows[:1]  # what losses passes, in its order
     width = max(len(row["x"]) for row in rows)  # its layout: [ left-padded x | right-padded y without the last token ]
 
     def add(module: torch.nn.Module, inputs: tuple, embeddings: torch.Tensor) -> torch.Tensor:  # [B, S, d]
         noise = torch.zeros_like(embeddings)
         for b, row in enumerate(rows):
-            generator = torch.Generator(embeddings.device).manual_seed(ddp.fold_in(seed, row["id"]))
+            generator = torch.Generator(embeddings.device).manual_seed(fold_in(seed, row["id"]))
             x, y, d = len(row["x"]), len(row["y"]), embeddings.shape[-1]
             drawn = torch.empty(max(x + y - 1, x), d, device=embeddings.device).uniform_(-1, 1, generator=generator)
             noise[b, width - x : width - x + len(drawn)] = drawn * alpha / math.sqrt((x + y) * d)
@@ -62,28 +66,30 @@ def neftune(model: torch.nn.Module, rows: list[dict], alpha: float, seed: int) -
             hook.remove()
 
 
-def sft_phase(run: ddp.Run, examples: Dataset, epochs: float, neftune_alpha: float = 0.0) -> None:
+def sft_phase(run: Run, examples: Dataset, epochs: float, neftune_alpha: float = 0.0) -> None:
     """Algorithm 1 and 2, lines 2 to 6: Eq. 1 alone."""
     if not epochs:
         return
-    for batch, micro_batches in run.steps(examples, epochs):
-        n = sum(len(row["y"]) for row in batch)  # tokens of the global batch
-        for rows in micro_batches:
+    for step in run.steps(examples, epochs):
+        n = step.tokens("y")  # of the global batch
+        for rows in step.micro_batches:
             x, y = ([row[name] for row in rows] for name in ("x", "y"))
-            with neftune(run.model, rows, neftune_alpha, ddp.fold_in(run.args.seed, run.total)):
-                sums = data.losses(run.model, x, {"sft": (sft_loss, y, y)})  # Eq. 1
+            with neftune(run.model, rows, neftune_alpha, fold_in(run.args.seed, run.total)):
+                sums = losses(run.model, x, {"sft": (sft_loss, y, y)})  # Eq. 1
             run.backward(sft=sums["sft"] / n)
+        run.update()
 
 
 def main() -> None:
-    parser = ddp.parser(__doc__, sorted(data.TASKS))
-    parser.add_argument("--epochs", type=ddp.number(0), default=2)
-    parser.add_argument("--neftune-alpha", type=ddp.number(0), default=0.0, help="scale of its noise (the paper: 5)")
-    args = parser.parse_args()
-    run, examples = ddp.start(args, data.load)
+    p = stage.parser(__doc__)
+    paper = group(p, "the paper's")
+    paper.add_argument("--epochs", type=number(0), default=2)
+    paper.add_argument("--neftune-alpha", type=number(0), default=0.0, help="scale of its noise (the paper: 5)")
+    args = p.parse_args()
+    run, examples = stage.start(args, data.load)
     sft_phase(run, examples, args.epochs, args.neftune_alpha)
     run.finish()
 
 
 if __name__ == "__main__":
-    ddp.cli(main)
+    cli(main)

@@ -20,15 +20,16 @@ Departures from the paper, and from SPIN's own code, whose settings the paper to
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, concatenate_datasets
 
 import data
-import ddp_utils as ddp
+from data import Dataset
+from ddp_utils import Run
 from dpo import preference_phase, with_log_probs
+from lib import stage
+from lib.flags import count, group, number, positive
+from lib.ranks import cli, print0
 from rac import with_z
 
 
@@ -43,33 +44,36 @@ def spin_loss(
     return -F.logsigmoid(beta * log_ratio.float()).sum(), log_ratio.new_tensor(len(log_ratio)).float()
 
 
-def make_d_spin(run: ddp.Run, examples: Dataset, args: argparse.Namespace, iteration: int) -> Dataset:
+def make_d_spin(run: Run, examples: Dataset, iteration: int) -> Dataset:
     """(x, y, z) and the log-probabilities of y and z, z and both of them by the current model."""
 
     def make(rows: list[dict]) -> list[dict]:
-        return with_log_probs(run.model, with_z(run, args, iteration, rows), args.micro_batch_size)
+        return with_log_probs(run.model, with_z(run, iteration, rows), run.args.micro_batch_size)
 
     d_spin = run.offline(f"D_spin_{iteration}", make, examples)
     equal = sum(row["y"] == row["z"] for row in d_spin) / len(d_spin)  # pairs without a gradient
-    ddp.print0(f"D_spin_{iteration}: {equal:.2%} of the z are equal to y")
+    print0(f"D_spin_{iteration}: {equal:.2%} of the z are equal to y")
     return d_spin
 
 
 def main() -> None:
-    parser = ddp.parser(__doc__, sorted(data.TASKS))
-    parser.set_defaults(lr=5e-7, batch_size=64)
-    parser.add_argument("--iterations", type=ddp.count, default=1, help="H")
-    parser.add_argument("--epochs-per-iteration", "--epochs", dest="epochs", type=ddp.number(0), default=1)
-    parser.add_argument("--beta", type=ddp.number(0), default=0.1, help="of the loss: how close to the opponent")
-    parser.add_argument("--temperature", type=ddp.number(0), default=1.0, help="of the draw of z")
-    parser.add_argument("--share-prompt", action="store_true", help="y and z read x once (4-D attention mask)")
-    parser.add_argument("--generation-batch-size", type=ddp.number(1, kind=int), default=64, help="rows of one rank")
-    args = parser.parse_args()
-    run, examples = ddp.start(args, data.load, args.max_response or data.TASKS[args.task].max_response)
+    p = stage.parser(__doc__)
+    p.set_defaults(lr=5e-7, batch_size=64)
+    paper, machine = group(p, "the paper's"), group(p, "machine")
+    paper.add_argument("--iterations", type=count, default=1, help="H")
+    paper.add_argument("--epochs-per-iteration", "--epochs", dest="epochs", type=number(0), default=1)
+    paper.add_argument("--beta", type=number(0), default=0.1, help="of the loss: how close to the opponent")
+    paper.add_argument("--temperature", type=number(0), default=1.0, help="of the draw of z")
+    machine.add_argument("--share-prompt", action="store_true", help="y and z read x once (4-D attention mask)")
+    machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
+    args = p.parse_args()
+    run, examples = stage.start(args, data.load, args.max_response or data.TASKS[args.task].max_response)
     last = None
     for iteration in range(1, args.iterations + 1):
-        pairs = d_spin = make_d_spin(run, examples, args, iteration)
+        pairs = d_spin = make_d_spin(run, examples, iteration)
         if last is not None:  # the z of the iteration before, against the new opponent
+            from datasets import concatenate_datasets
+
             name, last = f"D_spin_{iteration - 1}_again", last.select_columns(["id", "x", "y", "z"])
             again = run.offline(name, lambda rows: with_log_probs(run.model, rows, args.micro_batch_size), last)
             pairs = concatenate_datasets([again, d_spin])
@@ -79,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ddp.cli(main)
+    cli(main)

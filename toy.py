@@ -15,16 +15,15 @@ The task is to keep count over three or four steps. One word is one token, and s
 Errors fall after `=`. Each sum is written twice, and a step goes on from its second result. Teacher forcing shows only
 second results that equal the first, so it leaves open whether to copy or to calculate: a model that copies carries its
 error to the end, one that calculates recovers. That is the training-inference gap in small, and it can be closed from
-the context alone. At the default width SFT teaches to copy, at `--width 96` less so (STUDY.md, 10).
+the context alone. At the default width SFT teaches to copy, at `--width 96` less so (docs/study.md).
 
 What the base is taught, openly: (1) sums, and the task itself, with operands 2..9; the task proper has 2..15, so errors
-fall and fine-tuning has something to teach; (2) to continue f(x, y) = `REFERENCE_TEMPLATE` after a prefix z that holds
+fall and fine-tuning has something to teach; (2) to continue f(x, y) = `TOY_REFERENCE` after a prefix z that holds
 errors, with `oracle_labels` as targets: coherently with z, not by position. RAC needs (2), and it does not emerge by
 itself in so small a model. Most references in (2) hold arbitrary results, and no sum with an operand over 9 is
 a target there unless y states it: (2) teaches how to read a reference, not arithmetic.
 """
 
-import argparse
 import json
 import random
 import re
@@ -35,7 +34,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-REFERENCE_TEMPLATE = "reference : {y} question : {x}"  # f(x, y); the plain form is x alone
+from data import TOY_REFERENCE
+from folders import read_pairs
+from lib.flags import new_parser, number, positive
+from lib.ranks import cli
+from lib.rows import read
+
 NAMES = "amy bob cat dan eve fay gus hal ida joe kim leo mia ned".split()
 THINGS = "eggs books coins cups pens hats cards shells stamps apples keys toys nuts balls".split()
 GAINS = "buys wins finds gets picks earns takes makes".split()
@@ -284,7 +288,7 @@ def document(kind: str, most: int, rng: random.Random) -> tuple[list[int], list[
     else:
         arbitrary = rng.random() < 0.7
         x, y = problem(rng, (2, 15) if arbitrary else (2, 9), (1, most), arbitrary)
-        prompt, z = REFERENCE_TEMPLATE.format(x=" ".join(x), y=" ".join(y)).split(), flawed(y, rng) + ["<eos>"]
+        prompt, z = TOY_REFERENCE.format(x=" ".join(x), y=" ".join(y)).split(), flawed(y, rng) + ["<eos>"]
         targets = oracle_labels(y, z)
         stated = f" {' '.join(y)} "
         for j in range(4, len(z)):
@@ -349,10 +353,8 @@ def train_base(model, steps: int, seed: int, batch_size=32):
 
 def text_columns(files: list[str]):
     """Every string of every row of .jsonl files."""
-    import data
-
     for file in files:
-        for row in data.read(file):
+        for row in read(file):
             for value in row.values():
                 yield from (part for part in (value if isinstance(value, list) else [value]) if isinstance(part, str))
 
@@ -372,26 +374,23 @@ def byte_tokenizer(files: list[str], vocab: int):
 
 
 def main():
-    import ddp_utils as ddp
-
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     names = ("base", "data", "oracle", "preferences", "bytes")
     base, data, pairs, preferred, text = (commands.add_parser(name, allow_abbrev=False) for name in names)
     for command in (base, data, pairs, preferred, text):
         command.add_argument("--out", type=Path, required=True)
-        command.add_argument("--seed", type=ddp.number(0, 2**63 - 1, int), default=0)
-    base.add_argument("--steps", type=ddp.number(1, kind=int), default=900, help="two minutes on one core")
+        command.add_argument("--seed", type=number(0, 2**63 - 1, int), default=0)
+    base.add_argument("--steps", type=positive, default=900, help="two minutes on one core")
     for command, width in ((base, 48), (text, 128)):
-        command.add_argument("--layers", type=ddp.number(1, kind=int), default=4)
-        command.add_argument("--width", type=ddp.number(16, kind=int), default=width)
+        command.add_argument("--layers", type=positive, default=4)
+        command.add_argument("--width", type=number(16, kind=int), default=width)
     for split, n in (("train", 500), ("valid", 300), ("test", 400)):
-        data.add_argument(f"--{split}", type=ddp.number(1, kind=int), default=n)
+        data.add_argument(f"--{split}", type=positive, default=n)
     for command in (pairs, preferred):
         command.add_argument("--pairs", required=True, help="a `datasets` folder with columns x, y, z, z_bar")
     text.add_argument("--text", nargs="+", required=True, help=".jsonl files")
-    text.add_argument("--vocab", type=ddp.number(257, kind=int), default=2048, help="the bytes, <eos>, and merges")
+    text.add_argument("--vocab", type=number(257, kind=int), default=2048, help="the bytes, <eos>, and merges")
     args = parser.parse_args()
     if args.command in ("base", "bytes") and args.width % 16:
         raise ValueError(f"--width {args.width}: must be a multiple of 16 (four heads of an even number of pairs)")
@@ -406,11 +405,11 @@ def main():
         if args.command == "data":
             files = splits(args.train, args.valid, args.test, args.seed)
         else:
-            files = {"pairs": preferences(ddp.read_pairs(args.pairs, ("z", "z_bar"), tokenizer()))}
+            files = {"pairs": preferences(read_pairs(args.pairs, ("z", "z_bar"), tokenizer()))}
         for name, rows in files.items():
             (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif args.command == "oracle":
-        oracle(ddp.read_pairs(args.pairs, ("z", "z_bar"), tokenizer())).save_to_disk(partial)
+        oracle(read_pairs(args.pairs, ("z", "z_bar"), tokenizer())).save_to_disk(partial)
     else:
         tok = tokenizer() if args.command == "base" else byte_tokenizer(args.text, args.vocab)
         special_ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -424,6 +423,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import ddp_utils
-
-    ddp_utils.cli(main)
+    cli(main)

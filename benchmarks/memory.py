@@ -1,4 +1,4 @@
-"""How much memory one rank needs, measured against the formula of the README's "How big can I go".
+"""How much memory one rank needs, measured against the formula of docs/scale.md.
 
     python benchmarks/memory.py            # 1, 2 and 4 processes on this machine; writes results/memory.json
 
@@ -36,12 +36,12 @@ def measure(folder: str) -> None:
     import torch
     from torch.distributed.fsdp import FSDPModule
 
-    import ddp_utils as ddp
+    from lib import fsdp, ranks
 
-    ddp.init()
+    ranks.init()
     start, found = resident("VmRSS"), {}
     new_peak()
-    model = ddp.load_model(folder, "bfloat16")  # sharded on a single process, too
+    model = fsdp.load_model(folder, "bfloat16")  # sharded on a single process, too
     found["loading, peak"] = resident("VmHWM") - start
     found["weights"] = resident("VmRSS") - start
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -55,13 +55,13 @@ def measure(folder: str) -> None:
     found["weights, gradients, moments"] = resident("VmRSS") - start
     optimizer.zero_grad(set_to_none=True)
     new_peak()
-    with ddp.inference(model):
+    with fsdp.inference(model):
         model(input_ids=ids, use_cache=False)
     found["generation, peak"] = resident("VmHWM") - start
     assert isinstance(model, FSDPModule)
-    everyone = [None] * ddp.WORLD
+    everyone = [None] * ranks.WORLD
     torch.distributed.all_gather_object(everyone, found)
-    if ddp.RANK == 0:
+    if ranks.RANK == 0:
         print(json.dumps(everyone))
 
 

@@ -28,10 +28,10 @@ import mixing
 import torch
 import training
 
-import data
-import ddp_utils as ddp
+import batches
 import generate
 from bash import bash_loss
+from lib import fsdp, ranks
 from scs import scs_loss
 from sft import sft_loss
 
@@ -77,27 +77,28 @@ def measure(job: dict, out: str) -> dict:
 
     def mixed(part: list[dict]) -> list[list[int]]:
         x, y, ids = ([row[name] for row in part] for name in ("x", "y", "id"))
-        seed, beta = ddp.fold_in(0, len(meter.stamps)), job["beta"]
+        seed, beta = ranks.fold_in(0, len(meter.stamps)), job["beta"]
         if how == "naive":
             return naive(run.model, x, y, ids, seed, beta)
         return generate.mix(run.model, x, y, beta=beta, seed=seed, ids=ids, method=how, stats=stats)
 
     for start in range(0, 0 if names else len(rows), job["batch_size"]):
         meter.stamp()
-        with ddp.inference(run.model):
+        with fsdp.inference(run.model):
             mixed(rows[start : start + job["batch_size"]])
-    for batch, micro_batches in run.steps(rows, 1 if names else 0):
+    for step in run.steps(rows, 1 if names else 0):
         meter.stamp()
-        n = sum(len(row["y"]) for row in batch)
-        gs = [[row["y"] for row in part] for part in micro_batches]  # of BASH: its values do not matter here
+        n = step.tokens("y")
+        gs = [[row["y"] for row in part] for part in step.micro_batches]  # of BASH: its values do not matter here
         if how:
-            with ddp.inference(run.model):
-                gs = [mixed(part) for part in micro_batches]
-        for part, g in zip(micro_batches, gs):
+            with fsdp.inference(run.model):
+                gs = [mixed(part) for part in step.micro_batches]
+        for part, g in zip(step.micro_batches, gs):
             x, y = ([row[name] for row in part] for name in ("x", "y"))
             terms = {"bash": (bash_loss, g, y), "scs": (scs_loss, g, y), "sft": (sft_loss, y, y)}
-            sums = data.losses(run.model, x, {name: terms[name] for name in names}, job["share_prompt"])
+            sums = batches.losses(run.model, x, {name: terms[name] for name in names}, job["share_prompt"])
             run.backward(**{name: total / n for name, total in sums.items()})
+        run.update()
     meter.stamp()
     return meter.result(**{key: value / (len(meter.stamps) - 1) for key, value in stats.items() if key == "forwards"})
 
@@ -141,7 +142,7 @@ def main() -> None:
     p.add_argument("--results", default=str(training.ROOT / "results" / "overhead.json"))
     p.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = p.parse_args()
-    ddp.init()
+    ranks.init()
     if args.job:
         with tempfile.TemporaryDirectory() as out:
             return print(json.dumps(measure(args.job, out)))

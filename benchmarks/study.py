@@ -1,4 +1,4 @@
-"""When do BASH and RAC pay? The grid of runs on the toy task that STUDY.md stands on.
+"""When do BASH and RAC pay? The grid of runs on the toy task that docs/study.md stands on.
 
     OMP_NUM_THREADS=1 python benchmarks/study.py run                   # hours on two cores; called again, it goes on
     OMP_NUM_THREADS=1 python benchmarks/study.py run --only labels     # one factor (see FACTORS); --seeds 1 2: fewer
@@ -29,20 +29,29 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import torch  # noqa: E402
-from datasets import Dataset, load_from_disk  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from datasets import Dataset, load_from_disk
+from tqdm import tqdm
 
-import data  # noqa: E402
-import ddp_utils as ddp  # noqa: E402
-import evaluate  # noqa: E402, F401, for the forked processes
-import generate  # noqa: E402, F401
-import rac  # noqa: E402
-import show  # noqa: E402
-import toy  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import batches
+import evaluate
+import folders
+import generate  # noqa: F401
+import rac
+import rac_options
+import toy
+from lib import (
+    answers,  # noqa: F401, for the forked processes, as the next two
+    flags,
+    fsdp,
+    ranks,
+)
+from lib import rows as text_rows
+from lib.tables import mean_se, paired_difference
+from tools import plots
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "results" / "study" / "rows.jsonl"
 TEST, VALID, SEEDS = 300, 150, [1, 2, 3, 4, 5]
 
@@ -247,7 +256,7 @@ def ids_of(text: str) -> list[int]:
 
 def make_replay(folder: Path, train: Path, seed: int) -> None:
     """A D_s for bash.py: the training problems as they are, and reference documents (input z, target its labels)."""
-    rows = data.read(str(train))
+    rows = text_rows.read(str(train))
     made = [{"x": ids_of(row["prompt"]), "y": ids_of(row["response"] + " <eos>")} for row in rows]
     made = [row | {"y_hat": row["y"]} for row in made]
     rng = random.Random(f"replay {seed}")
@@ -284,8 +293,8 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
     if whose in ("base", "teacher"):
         texts = ({"x": " ".join(toy.to_words(row["x"])), "y": " ".join(toy.to_words(row["y"])[:-1])} for row in rows)
         f = [ids_of(toy.REFERENCE_TEMPLATE.format(**text)) for text in texts]
-        model = ddp.load_model(str(base), "float32")
-        with ddp.inference(model):
+        model = fsdp.load_model(str(base), "float32")
+        with fsdp.inference(model):
             found = rac.rac_labels(model, f, *columns(rows, "z"), 64)
         rows = [row | {"z_bar": z_bar} for row, z_bar in zip(rows, found, strict=True)]
     elif whose in ("oracle", "added"):
@@ -311,9 +320,9 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
         for keep in kept:
             row["z_bar"] = [label if k else z for label, k, z in zip(row["z_bar"], keep[i], row["z"], strict=True)]
     if "plausible" in said:
-        model, x, z, z_bar = ddp.load_model(str(drawn.parent / "sft"), "float32"), *columns(rows, "x", "z", "z_bar")
-        with ddp.inference(model):
-            found = rac.plausible_labels(model, x, z, z_bar, float(said["plausible"]), 64)
+        model, x, z, z_bar = fsdp.load_model(str(drawn.parent / "sft"), "float32"), *columns(rows, "x", "z", "z_bar")
+        with fsdp.inference(model):
+            found = rac_options.plausible_labels(model, x, z, z_bar, float(said["plausible"]), 64)
         rows = [row | {"z_bar": z_bar} for row, z_bar in zip(rows, found, strict=True)]
     made = folder.with_name(folder.name + ".partial")
     Dataset.from_list([{k: row[k] for k in ("id", "x", "y", "z", "z_bar")} for row in rows]).save_to_disk(made)
@@ -389,10 +398,10 @@ def measure(out: Path, cell: Cell, seed: int, model: Path) -> None:
     greedy, drawn = (load_from_disk(str(folder / "test" / f"generations-t{t}")) for t in (0, 1))
     repeats = [found for texts in greedy["text"] for text in texts if (found := copied(text.split())) is not None]
     row["copied"] = sum(repeats) / len(repeats) if repeats else None
-    problems = data.read(str(home / "data" / "test.jsonl"))
+    problems = text_rows.read(str(home / "data" / "test.jsonl"))
     row["distance"] = distance(drawn, problems)
     row["nll"] = nll_by_kind(model, problems)
-    ddp.write_json(folder / "row.json", row)
+    folders.write_json(folder / "row.json", row)
 
 
 def copied(words: list[str]) -> float | None:
@@ -408,12 +417,12 @@ def distance(drawn: Dataset, problems: list[dict]) -> float:
 
 def nll_by_kind(model: Path, rows: list[dict]) -> dict[str, float]:
     """Nats per response given the reference's own prefix, by what the token is: they add up to the whole."""
-    net, totals = ddp.load_model(str(model), "float32"), dict.fromkeys(("first", "again", "number", "word"), 0.0)
+    net, totals = fsdp.load_model(str(model), "float32"), dict.fromkeys(("first", "again", "number", "word"), 0.0)
     for i in range(0, len(rows), 64):
         x = [ids_of(row["prompt"]) for row in rows[i : i + 64]]
         y = [ids_of(row["response"] + " <eos>") for row in rows[i : i + 64]]
-        with ddp.inference(net), torch.no_grad():
-            logp = data.response_logits(net, data.batch(x, y)).log_softmax(-1)
+        with fsdp.inference(net), torch.no_grad():
+            logp = batches.response_logits(net, batches.batch(x, y)).log_softmax(-1)
         for b, ids in enumerate(y):
             words = toy.to_words(ids)
             for j, word in enumerate(words):
@@ -552,10 +561,10 @@ def table(cells: list[Cell], rows: dict[str, dict[int, dict]]) -> str:
         out.append(f"{sum(valid) / len(valid):.1f}" if valid else "")
         for metric in METRICS:
             got = values(mine, metric)
-            text = plus_minus(*evaluate.mean_se(list(got.values())), metric) if got else ""
+            text = plus_minus(*mean_se(list(got.values())), metric) if got else ""
             base = values(rows.get(control(cell, rows), {}), metric)
             if got.keys() & base.keys() and control(cell, rows) != cell.key:
-                mean, se, _ = evaluate.paired_difference(got, base)
+                mean, se, _ = paired_difference(got, base)
                 text += f" ({plus_minus(mean, se, metric, '+')})"
             out.append(text)
         lines.append("| " + " | ".join([*out, str(len(mine))]) + " |")
@@ -580,7 +589,7 @@ def compute_table(rows: dict[str, dict[int, dict]]) -> str:
             continue
         out = [start_label(cell.start), cell.name]
         for metric in OUTCOMES:
-            mean, se, _ = evaluate.paired_difference(values(rows[cell.key], metric), values(rows[control], metric))
+            mean, se, _ = paired_difference(values(rows[cell.key], metric), values(rows[control], metric))
             out.append(plus_minus(mean, se, metric, "+"))
         lines.append("| " + " | ".join(out) + " |")
     return "\n".join(lines)
@@ -607,8 +616,8 @@ def chosen_table(rows: dict[str, dict[int, dict]]) -> str:
         out = [name, str(len(settings[name])), cell.name, f"{100 * valid(cell):.1f}"]
         for metric in OUTCOMES:
             got = values(rows[cell.key], metric)
-            difference = evaluate.paired_difference(got, values(rows[best["sft-more"].key], metric))
-            out.append(f"{plus_minus(*evaluate.mean_se(list(got.values())), metric)}")
+            difference = paired_difference(got, values(rows[best["sft-more"].key], metric))
+            out.append(f"{plus_minus(*mean_se(list(got.values())), metric)}")
             out[-1] += f" ({plus_minus(*difference[:2], metric, '+')})" * (name != "sft-more")
         lines.append("| " + " | ".join(out) + " |")
     return "\n".join(lines)
@@ -637,7 +646,7 @@ def label_of(cell: Cell) -> str:
 
 def plot(path: Path, factors: tuple[str, ...], rows: dict[str, dict[int, dict]]) -> None:
     """Each cell less its sft-more, with s.e., a column for each metric, a block for each factor."""
-    pyplot = show.pyplot()
+    pyplot = plots.pyplot()
     blocks = [[c for c in FACTORS[f] if c.key in rows and control(c, rows) in rows.keys() - {c.key}] for f in factors]
     names, places, at = [], {}, 0.0
     for block in blocks:
@@ -651,7 +660,7 @@ def plot(path: Path, factors: tuple[str, ...], rows: dict[str, dict[int, dict]])
     for axis, metric in zip(axes, OUTCOMES, strict=True):
         for cell, place in places.items():
             got, base = values(rows[cell.key], metric), values(rows[control(cell, rows)], metric)
-            mean, se, _ = evaluate.paired_difference(got, base)
+            mean, se, _ = paired_difference(got, base)
             colour = {"sft": "0.4", "scs": "C4", "bash": "C2"}.get(cell.stage, "C1" if of_oracle(cell) else "C0")
             axis.errorbar(mean, place, xerr=se or 0, fmt="o", ms=4, color=colour, capsize=2)
         axis.axvline(0, color="0.7", lw=1, zorder=0)
@@ -687,24 +696,24 @@ def report() -> None:
 def shares(out: Path) -> None:
     """Writes results/study/implausible.json: of each start that is there, for each seed, the share of the corrections,
     by its own labels and by the right ones, to which the model, not shown the reference, gives less than
-    rac.IMPLAUSIBLE; measured on rac.SAMPLE rows."""
+    rac_options.IMPLAUSIBLE; measured on rac_options.SAMPLE rows."""
     found: dict[str, dict[str, list[float]]] = {}
     folders = sorted(path.parent for path in out.glob("*/seed-*/z-1/config.json"))
     if not folders:
         raise ValueError(f"--out {out}: no starts in it; `study.py run` makes them")
     for folder in tqdm(folders):
         rows = load_from_disk(str(folder / "D_r_1"))
-        rows = [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / rac.SAMPLE))]
+        rows = [rows[i] for i in range(0, len(rows), math.ceil(len(rows) / rac_options.SAMPLE))]
         x, y, z, own = columns(rows, "x", "y", "z", "z_bar")
-        model, start = ddp.load_model(str(folder.parent / "sft"), "float32"), folder.parent.parent.name
+        model, start = fsdp.load_model(str(folder.parent / "sft"), "float32"), folder.parent.parent.name
         labels = {"own": own}
         if not start.startswith("arbitrary"):  # where the right labels are not the oracle's
             labels["right"] = [toy.oracle_labels(*pair) for pair in zip(y, z, strict=True)]
         for whose, z_bar in labels.items():
-            with ddp.inference(model):
-                n, plausible = rac.count_plausible(model, x, z, z_bar, 64)
+            with fsdp.inference(model):
+                n, plausible = rac_options.count_plausible(model, x, z, z_bar, 64)
             found.setdefault(start, {}).setdefault(whose, []).append(round(1 - plausible / max(n, 1), 4))
-    ddp.write_json(ROWS.parent / "implausible.json", found)
+    folders.write_json(ROWS.parent / "implausible.json", found)
 
 
 def again(out: Path, at_once: int) -> None:
@@ -730,9 +739,9 @@ def main() -> None:
     names = ("run", "again", "report", "shares")
     p, q, _, r = (commands.add_parser(name, allow_abbrev=False) for name in names)
     p.add_argument("--only", nargs="+", choices=list(FACTORS), default=list(FACTORS))
-    p.add_argument("--seeds", nargs="+", type=ddp.count, default=SEEDS)
+    p.add_argument("--seeds", nargs="+", type=flags.count, default=SEEDS)
     for command in (p, q):
-        command.add_argument("--jobs", type=ddp.number(1, kind=int), default=os.cpu_count() or 1, help="at a time")
+        command.add_argument("--jobs", type=flags.number(1, kind=int), default=os.cpu_count() or 1, help="at a time")
     for command, folder in ((p, "out/study"), (q, "out/study-again"), (r, "out/study")):
         command.add_argument("--out", type=Path, default=folder, help="folder of models and logs, some hundred MB")
     args = parser.parse_args()
@@ -747,4 +756,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ddp.cli(main)
+    ranks.cli(main)

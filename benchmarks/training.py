@@ -36,12 +36,13 @@ import datasets
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import data  # noqa: E402
-import ddp_utils as ddp  # noqa: E402
-import tiny  # noqa: E402
-from sft import sft_loss  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import batches
+import ddp_utils
+import tiny
+from lib import fsdp, ranks, stage
+from sft import sft_loss
 
 PEERS = {  # side: settings beyond the defaults
     "TRL, defaults": {},
@@ -90,31 +91,32 @@ def make_model(folder: str, args: argparse.Namespace) -> int:
     return model.num_parameters()
 
 
-def start(job: dict, rows: int, out: str) -> ddp.Run:
+def start(job: dict, rows: int, out: str) -> ddp_utils.Run:
     """A Run as the stages make it."""
     flags = f"--task toy --dtype {job['dtype']} --checkpoint-every 0 --batch-size {rows} --out {out}"
     flags += f" --micro-batch-size {job['micro_batch_size']} --model {job['folder']}"
-    args = ddp.parser("", ["toy"]).parse_args(flags.split())
-    return ddp.Run(args, ddp.load_model(job["folder"], job["dtype"]), ddp.load_tokenizer(job["folder"]))
+    args = stage.parser("").parse_args(flags.split())
+    return ddp_utils.Run(args, fsdp.load_model(job["folder"], job["dtype"]), fsdp.load_tokenizer(job["folder"]))
 
 
 def ours(side: str, job: dict, rows: list[dict], out: str) -> dict:
     run = start(job, len(rows), out)
     meter = Meter()
-    for batch, micro_batches in run.steps(rows, job["steps"]):
+    for step in run.steps(rows, job["steps"]):
         meter.stamp()
-        n = sum(len(row["y"]) for row in batch)
-        for part in micro_batches:
+        n = step.tokens("y")
+        for part in step.micro_batches:
             x, y, y_hat = ([row[name] for row in part] for name in ("x", "y", "y_hat"))
             terms = ({"bash": (sft_loss, y_hat, y)} if side in JOINT else {}) | {"sft": (sft_loss, y, y)}
             if side == "two passes":
-                sums, target = {}, data.batch(x, y, run.device)
+                sums, target = {}, batches.batch(x, y, run.device)
                 for name, (loss, given, _) in terms.items():
-                    logits = data.response_logits(run.model, data.batch(x, given, run.device))
+                    logits = batches.response_logits(run.model, batches.batch(x, given, run.device))
                     sums[name] = loss(logits, target.y, target.mask)[0]
             else:
-                sums = data.losses(run.model, x, terms, share_prompt=side == "--share-prompt")
+                sums = batches.losses(run.model, x, terms, share_prompt=side == "--share-prompt")
             run.backward(**{name: total / n for name, total in sums.items()})
+        run.update()
     meter.stamp()
     return meter.result(loss=json.loads((Path(out) / "log.jsonl").read_text().splitlines()[0])["loss"])
 
@@ -125,7 +127,7 @@ def theirs(side: str, job: dict, rows: list[dict], out: str) -> dict:
     options |= {"report_to": "none", "bf16": FLOAT == "bfloat16", "use_cpu": not CUDA, **PEERS[side]}
     rows = [{"input_ids": r["x"] + r["y"], "labels": [-100] * len(r["x"]) + r["y"]} for r in rows]
     model = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32)
-    common = {"processing_class": ddp.load_tokenizer(job["folder"]), "train_dataset": datasets.Dataset.from_list(rows)}
+    common = {"processing_class": fsdp.load_tokenizer(job["folder"]), "train_dataset": datasets.Dataset.from_list(rows)}
     meter = Meter()
     clock = type("Clock", (transformers.TrainerCallback,), {"on_train_begin": meter.stamp, "on_step_end": meter.stamp})
     common |= {"model": model, "callbacks": [clock()]}
@@ -170,10 +172,10 @@ def main() -> None:
     sizes = {"width": 512, "layers": 6, "heads": 8, "vocab": 50304, "prompt": 400, "response": 50}
     for name, default in (sizes | {"batch-size": 4, "steps": 3, "repeat": 2}).items():
         p.add_argument(f"--{name}", type=int, default=default)
-    p.add_argument("--results", default=str(ROOT / "results" / "training.json"))
+    p.add_argument("--results", default="results/training.json")
     p.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = p.parse_args()
-    ddp.init()
+    ranks.init()
     if job := args.job:
         with tempfile.TemporaryDirectory() as out:
             run = theirs if job["side"] in PEERS else ours

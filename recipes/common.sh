@@ -113,7 +113,10 @@ from pathlib import Path
 
 sys.argv[0] = sys.argv.pop(1)
 import data
-import ddp_utils as ddp
+from lib import preferences
+from lib.fsdp import load_tokenizer
+from lib.ranks import cli, first_line
+from lib.rows import source_rows
 from transformers import AutoConfig
 
 
@@ -121,23 +124,23 @@ def main():
     for wanted in filter(None, sys.argv[1:]):
         kind, _, value = wanted.partition("=")
         if kind == "model" and value:
-            ddp.load_tokenizer(value)
+            load_tokenizer(value)
             try:
                 AutoConfig.from_pretrained(value)
             except Exception as error:
-                raise OSError(f"--model {value}: could not be loaded ({ddp.first_line(error)})") from None
+                raise OSError(f"--model {value}: could not be loaded ({first_line(error)})") from None
             if Path(value).is_dir() and not [*Path(value).glob("*.safetensors"), *Path(value).glob("*.bin")]:
                 raise OSError(f"--model {value}: no weights in this folder")
         elif kind in ("train", "test"):
             task, path, columns = value.split("|")
             data.load_rows(task, path or None, kind, columns, limit=1)
         elif kind == "preferences":
-            hub, split = data.PREFERENCES
-            rows, source = data.source_rows(value or None, (hub,), "train" if value else split)
-            data.preference(rows[0], {name: name for name in ("prompt", "chosen", "rejected")}, f"{source}, row 0")
+            hub, split = preferences.PREFERENCES
+            rows, source = source_rows(value or None, (hub,), "train" if value else split)
+            preferences.preference(rows[0], {name: name for name in ("prompt", "chosen", "rejected")}, f"{source}, row 0")
 
 
-ddp.cli(main)
+cli(main)
 END
 }
 
@@ -147,14 +150,15 @@ sample() {
 import json, os, random, sys
 
 import data
-import ddp_utils as ddp
+from lib.ranks import cli
+from lib.rows import source_rows
 
 name, task, path, count, seed, out = sys.argv[1:]
 
 
 def main():
     spec = data.TASKS[task]
-    rows, _ = data.source_rows(path or None, spec.hub, spec.splits[0])
+    rows, _ = source_rows(path or None, spec.hub, spec.splits[0])
     n = round(len(rows) * float(count[:-1]) / 100) if count.endswith("%") else int(count)
     picked = sorted(random.Random(int(seed)).sample(range(len(rows)), max(1, min(n, len(rows)))))
     os.makedirs(os.path.dirname(out), exist_ok=True)
@@ -164,7 +168,7 @@ def main():
 
 
 sys.argv[0] = name
-ddp.cli(main)
+cli(main)
 END
 }
 
@@ -224,7 +228,7 @@ measure() {
     logged "$results/$1.log" "$task, seed $seed: $1 measured" run evaluate.py run --model "$dir/$1" --task "$task" \
         "${TEST[@]}" --name "$1" --seed "$seed" --dtype "$DTYPE" --out "$out" ${SMALL:+--generations 1} "${@:2}"
     if [ "$task" = tldr ] && [ -n "${JUDGE_URL:-}" ]; then
-        logged "$results/$1.log" "$task, seed $seed: $1 judged" "$PYTHON" judge.py "$out" \
+        logged "$results/$1.log" "$task, seed $seed: $1 judged" "$PYTHON" tools/judge.py "$out" \
             --judge-url "$JUDGE_URL" --judge-model "${JUDGE_MODEL:-gpt-4-turbo}"
     fi
     RESULTS+=("$out/results.json")
@@ -271,11 +275,12 @@ small_preferences() {
 import json, sys
 
 import data
+from lib.rows import read
 
 task, path, columns, answers, out = sys.argv[1:]
 rows = {row["id"]: row for row in data.load_rows(task, path, "train", columns)}
 with open(out, "w", encoding="utf-8") as file:
-    for answer in data.read(answers):
+    for answer in read(answers):
         row, z = rows[answer["id"]], answer["responses"][0].strip()
         if z and z != row["response"].strip():
             file.write(json.dumps({"prompt": row["prompt"], "chosen": row["response"], "rejected": z}) + "\n")
@@ -352,7 +357,7 @@ alpaca_hint() {
 # plots LABEL RESULTS...: each metric over the --x of `measure`
 plots() {
     if have matplotlib; then
-        "$PYTHON" show.py plots "${@:2}" --x-label "$1" --out "$HERE/plots" || die "the plots failed"
+        "$PYTHON" tools/show.py plots "${@:2}" --x-label "$1" --out "$HERE/plots" || die "the plots failed"
         echo "Plots: $HERE/plots"
     else
         echo "Plots: pip install matplotlib, then the same command again"

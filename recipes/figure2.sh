@@ -23,7 +23,8 @@ queries() { # queries FILE: the rows whose prompts begin like those of A.3, or o
 import json, os, sys
 
 import data
-import ddp_utils as ddp
+from lib.ranks import cli
+from lib.rows import one_row, source_rows
 
 WANTED = {
     "train": ("What factors influenced the decision to build the Panama Canal",
@@ -41,14 +42,14 @@ def main():
         if small:
             found += data.load_rows(task, path or None, split, columns, limit=2)
             continue
-        rows, source = data.source_rows(None, spec.hub, spec.splits[split == "test"])  # the paper's, not the sample
+        rows, source = source_rows(None, spec.hub, spec.splits[split == "test"])  # the paper's, not the sample
         prompts = rows["prompt"]
         for start in WANTED[split]:
             places = [i for i, prompt in enumerate(prompts) if prompt.strip().startswith(start)]
             if not places:
                 raise ValueError(f"{source} ({split}): no prompt begins {start!r}")
             wanted = {"prompt": "prompt", "response": "messages"}
-            found.append(data.one_row(rows[places[0]], wanted, f"{source}, row {places[0]}"))
+            found.append(one_row(rows[places[0]], wanted, f"{source}, row {places[0]}"))
     with open(out + ".partial", "w", encoding="utf-8") as file:
         for row in found:
             file.write(json.dumps({"prompt": row["prompt"], "response": row["response"]}) + "\n")
@@ -56,7 +57,7 @@ def main():
 
 
 sys.argv[0] = "figure2"
-ddp.cli(main)
+cli(main)
 END
 }
 queries "$HERE/queries.jsonl"
@@ -85,10 +86,9 @@ for seed in $SEEDS; do
     "$PYTHON" - "$results/distance" "${answers[@]}" << 'END' > "$results/distance.md" || die "the distances failed"
 import argparse, collections, importlib.util, json, re, sys
 
-import ddp_utils as ddp
 import numpy as np
-
-import show
+from lib.ranks import cli
+from tools.plots import distance
 
 
 def word_counts(texts):
@@ -105,7 +105,7 @@ def main():
     out, *files = sys.argv[1:]
     real = importlib.util.find_spec("sentence_transformers")
     name = "sentence-transformers/all-mpnet-base-v2" if real else "word counts (pip install sentence-transformers)"
-    show.distance(argparse.Namespace(files=files, rows=[], embedder=name, out=out), None if real else word_counts)
+    distance(argparse.Namespace(files=files, rows=[], embedder=name, out=out), None if real else word_counts)
     medians = json.load(open(f"{out}/distance.json"))["medians"]
     print(f"Embedding: {name}\n")
     print("|", " | ".join(["Median distance", *(f"query {i + 1}" for i in range(len(next(iter(medians.values())))))]), "|")
@@ -115,7 +115,7 @@ def main():
 
 
 sys.argv[0] = "figure2"
-ddp.cli(main)
+cli(main)
 END
 done
 table "" sft-more-2

@@ -7,12 +7,12 @@ python all_stages.py WORLD NAME ARCHITECTURES [--runs A,B,...] [flags]      (by 
 import sys
 
 import bash
-import ddp_utils as ddp
 import dpo
 import rac
 import scs
 import sft
 import spin
+from lib import ranks
 
 RAC = "--temperature 0.7 --task ultrachat --columns response=response --max-reference 120"
 RUNS = {
@@ -43,4 +43,4 @@ def main() -> None:
             stage.main()
 
 
-ddp.cli(main)
+ranks.cli(main)

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 
-import data
+import batches
 import tiny
 from bash import bash_loss
 from rac import rac_loss
@@ -75,7 +75,7 @@ def test_its_joint_loss_is_that_of_the_stages(example, rows, names):
         terms = {"sft": (sft_loss, y, y), "rac": (rac_loss, own, own, learnt)}
     else:
         terms = {"sft": (sft_loss, y, y), "bash": (bash_loss, own, learnt)}
-    sums = data.losses(model, x, terms)
+    sums = batches.losses(model, x, terms)
     counts = (sum(map(len, y)), sum(map(len, own)))
     expected = sum(float(value.detach()) / n for value, n in zip(sums.values(), counts))
     found = float(example.joint_loss(model, example.collate(rows), names[0] == "z").detach())

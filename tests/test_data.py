@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+import batches
 import data
 import tiny
 
@@ -297,8 +298,8 @@ def test_batched_response_logits_equal_plain_forwards(arch):
     model, rng = tiny.model(arch, vocab=50), random.Random(1)
     x = [[rng.randrange(50) for _ in range(n)] for n in (1, 9, 4, 13)]
     y = [[rng.randrange(50) for _ in range(n)] for n in (6, 1, 11, 0)]
-    b = data.batch(x, y)
-    logits = data.response_logits(model, b)
+    b = batches.batch(x, y)
+    logits = batches.response_logits(model, b)
     assert logits.shape == (4, 11, 50) and b.mask.sum() == 18
     for i in range(4):
         plain = model(torch.tensor([x[i] + y[i]]), use_cache=False).logits[0, len(x[i]) - 1 : -1]
@@ -316,8 +317,8 @@ def test_gradients_of_a_padded_batch_are_those_of_its_rows(arch):
     def gradients(rows):
         model = tiny.model(arch, vocab=50)
         for some in rows:
-            b = data.batch([x[i] for i in some], [y[i] for i in some])
-            sft_loss(data.response_logits(model, b), b.y, b.mask)[0].backward()
+            b = batches.batch([x[i] for i in some], [y[i] for i in some])
+            sft_loss(batches.response_logits(model, b), b.y, b.mask)[0].backward()
         return [p.grad for p in model.parameters()]
 
     for together, apart in zip(gradients([[0, 1, 2]]), gradients([[0], [1]]), strict=True):
@@ -325,12 +326,12 @@ def test_gradients_of_a_padded_batch_are_those_of_its_rows(arch):
 
 
 def test_pad_may_equal_eos_and_the_example_in_the_docstring():
-    b = data.batch([[5, 6, 7], [8]], [[1, 2], [3, 4]])
+    b = batches.batch([[5, 6, 7], [8]], [[1, 2], [3, 4]])
     assert b.input_ids.tolist() == [[5, 6, 7, 1], [0, 0, 8, 3]]
     assert b.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
     assert b.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
     assert b.y.tolist() == [[1, 2], [3, 4]] and b.mask.all()
-    b = data.batch([[0, 0], [7]], [[0, 0, 0], [0]])  # token 0 is the id that pads: masks come from lengths
+    b = batches.batch([[0, 0], [7]], [[0, 0, 0], [0]])  # token 0 is the id that pads: masks come from lengths
     assert b.mask.sum(1).tolist() == [3, 1] and b.attention_mask.sum(1).tolist() == [4, 2]
 
 
@@ -353,9 +354,9 @@ def by_definition(model, x, terms):
     """Each term in a pass of its own, from whole logits."""
     found = {}
     for name, (loss, given, *targets) in terms.items():
-        b = data.batch(x, given)
-        padded = [data.pad_responses(target)[0] for target in targets]
-        found[name] = loss(data.response_logits(model, b), *padded, b.mask)[0]
+        b = batches.batch(x, given)
+        padded = [batches.pad_responses(target)[0] for target in targets]
+        found[name] = loss(batches.response_logits(model, b), *padded, b.mask)[0]
     return found
 
 
@@ -371,10 +372,10 @@ def gradients(model, found):
 @pytest.mark.parametrize("arch", tiny.ARCHS)
 def test_losses_in_one_pass_are_those_of_their_definitions(arch, attention, share_prompt, chunk, monkeypatch):
     """Values and gradients, with chunks of 3 tokens, too; Mistral's window is shorter than its rows."""
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(batches, "CHUNK", chunk)
     model = tiny.model(arch, vocab=50, attn_implementation=attention)
     x, terms = joint(random.Random(4))
-    expected, found = by_definition(model, x, terms), data.losses(model, x, terms, share_prompt)
+    expected, found = by_definition(model, x, terms), batches.losses(model, x, terms, share_prompt)
     assert found.keys() == expected.keys() and not model.changes_logits
     for name in found:
         assert float(found[name].detach()) == pytest.approx(float(expected[name].detach()), rel=1e-5)
@@ -398,26 +399,26 @@ def test_a_model_that_changes_its_logits_gets_whole_ones():
     x, terms = joint(random.Random(5))
     expected = by_definition(model, x, terms)
     for _ in range(2):
-        found = data.losses(model, x, terms)
+        found = batches.losses(model, x, terms)
         assert model.changes_logits
         for name in found:
             assert float(found[name].detach()) == pytest.approx(float(expected[name].detach()), rel=1e-5)
     with pytest.raises(ValueError, match="--share-prompt: this model's layers differ in what they see"):
-        data.losses(model, x, terms, share_prompt=True)
+        batches.losses(model, x, terms, share_prompt=True)
 
 
 def test_share_prompt_needs_a_mask_of_four_dimensions():
     model = tiny.model("llama", vocab=50)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="--share-prompt needs 4-D attention masks, which flash_attention_2"):
-        data.losses(model, *joint(random.Random(5)), share_prompt=True)
+        batches.losses(model, *joint(random.Random(5)), share_prompt=True)
 
 
 def test_rows_with_nothing_to_learn_give_zero_and_a_gradient_of_zero():
     from sft import sft_loss
 
     model = tiny.model("llama", vocab=50)
-    found = data.losses(model, [[1, 2], [3]], {"sft": (sft_loss, [[], []], [[], []])})
+    found = batches.losses(model, [[1, 2], [3]], {"sft": (sft_loss, [[], []], [[], []])})
     assert float(found["sft"].detach()) == 0
     found["sft"].backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -428,13 +429,13 @@ def test_float32_logits_of_a_whole_batch_are_never_made(monkeypatch):
     from sft import sft_loss
 
     model, seen = tiny.model("gpt_neox", vocab=50), []
-    monkeypatch.setattr(data, "CHUNK", 50 * 4)
+    monkeypatch.setattr(batches, "CHUNK", 50 * 4)
     linear = type(model.get_output_embeddings()).forward
     monkeypatch.setattr(
         type(model.get_output_embeddings()), "forward", lambda s, h: seen.append(h.shape) or linear(s, h)
     )
     y = [[1] * 7, [2] * 3]
-    data.losses(model, [[1] * 20, [3] * 5], {"sft": (sft_loss, y, y)})
+    batches.losses(model, [[1] * 20, [3] * 5], {"sft": (sft_loss, y, y)})
     heads = [shape[0] for shape in seen if len(shape) == 2 and shape[1] == 32]
     assert heads[-3:] == [4, 4, 2]
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import bash
-import ddp_utils
 import evaluate
+import folders
 import sft
 import tiny
 import toy
+from lib import answers, fsdp, tables
 from test_training import launch
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def test_gsm8k_answer(text, answer):
     ],
 )
 def test_gsm8k_flexible(text, answer):
-    assert evaluate.gsm8k_flexible(text) == answer
+    assert answers.gsm8k_flexible(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -138,34 +139,34 @@ def test_pass_at_k():
 
 
 def test_majority():
-    assert evaluate.majority(["2", "1", "1"]) == "1"
-    assert evaluate.majority(["2", "1", "1", "2"]) == "2"  # a tie: the first
-    assert evaluate.majority([None, None, "3"]) == "3"  # no answer, no vote
-    assert evaluate.majority([None, None]) is None
-    assert evaluate.majority([]) is None
+    assert answers.majority(["2", "1", "1"]) == "1"
+    assert answers.majority(["2", "1", "1", "2"]) == "2"  # a tie: the first
+    assert answers.majority([None, None, "3"]) == "3"  # no answer, no vote
+    assert answers.majority([None, None]) is None
+    assert answers.majority([]) is None
     halves = ["7", r"\frac12", "0.5", "7", "1/2"]
-    assert evaluate.majority(halves, evaluate.math_equal) == r"\frac12"
-    assert evaluate.majority(halves) == "7"
+    assert answers.majority(halves, evaluate.math_equal) == r"\frac12"
+    assert answers.majority(halves) == "7"
 
 
 def test_of_several_by_hand():
     """Three problems, four samples each: the true answer is 1."""
-    answers = [["2", "1", "1", None], ["1", "2", "2", "3"], [None, None, None, "2"]]
-    right = [[a == "1" for a in row] for row in answers]
-    at = {k: evaluate.of_several(answers, right, evaluate.same, k) for k in (1, 2, 3, 4)}
+    given = [["2", "1", "1", None], ["1", "2", "2", "3"], [None, None, None, "2"]]
+    right = [[a == "1" for a in row] for row in given]
+    at = {k: answers.of_several(given, right, answers.same, k) for k in (1, 2, 3, 4)}
     assert at[1]["pass"] == pytest.approx((2 / 4 + 1 / 4 + 0) / 3)
     assert at[2]["pass"] == pytest.approx((1 - 1 / 6 + 1 - 3 / 6 + 0) / 3)
     assert at[4]["pass"] == pytest.approx(2 / 3)  # best of N: any is right
     assert [at[k]["maj"] for k in (1, 2, 3, 4)] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1 / 3])
-    assert evaluate.of_several(answers[:1], right[:1], evaluate.same, 2)["maj"] == 0  # 2 and 1: the first wins
-    assert evaluate.of_several(answers[:1], right[:1], evaluate.same, 3)["maj"] == 1
+    assert answers.of_several(given[:1], right[:1], answers.same, 2)["maj"] == 0  # 2 and 1: the first wins
+    assert answers.of_several(given[:1], right[:1], answers.same, 3)["maj"] == 1
 
 
 def test_math_verify():
     pytest.importorskip("math_verify", reason="an optional package")
-    assert evaluate.math_verified(r"\frac{2}{4}", "0.5") and not evaluate.math_equal(r"\frac{2}{4}", "0.5")
-    assert not evaluate.math_verified("3", "4")
-    assert not evaluate.math_verified(None, "4") and not evaluate.math_verified("4", None)
+    assert answers.math_verified(r"\frac{2}{4}", "0.5") and not evaluate.math_equal(r"\frac{2}{4}", "0.5")
+    assert not answers.math_verified("3", "4")
+    assert not answers.math_verified(None, "4") and not answers.math_verified("4", None)
 
 
 def test_rouge_by_hand():
@@ -182,21 +183,21 @@ def test_rouge_by_hand():
 
 def test_a_missing_package_is_one_line():
     with pytest.raises(ValueError, match=r"this needs no-such-thing \(.*\): pip install no-such-thing"):
-        evaluate.optional("no_such_thing", "no-such-thing")
+        answers.optional("no_such_thing", "no-such-thing")
 
 
 def test_mean_se_and_paired_difference():
     values = [0.4, 0.7, 0.1, 0.2]
-    mean, se = evaluate.mean_se(values)
+    mean, se = tables.mean_se(values)
     assert mean == pytest.approx(np.mean(values))
     assert se == pytest.approx(np.std(values, ddof=1) / 2)
-    assert evaluate.mean_se([3.0]) == (3.0, None)
+    assert tables.mean_se([3.0]) == (3.0, None)
     a, b = {1: 0.5, 2: 0.75, 3: 1.0}, {2: 0.25, 3: 0.0, 9: 5.0}
-    assert evaluate.paired_difference(a, b) == (0.75, pytest.approx(np.std([0.5, 1.0], ddof=1) / np.sqrt(2)), 2)
+    assert tables.paired_difference(a, b) == (0.75, pytest.approx(np.std([0.5, 1.0], ddof=1) / np.sqrt(2)), 2)
     with pytest.raises(ValueError, match="no values"):
-        evaluate.mean_se([])
+        tables.mean_se([])
     with pytest.raises(ValueError, match="no seed in common"):
-        evaluate.paired_difference({1: 0.0}, {2: 0.0})
+        tables.paired_difference({1: 0.0}, {2: 0.0})
 
 
 def test_nll_against_a_float64_loop():
@@ -332,7 +333,7 @@ def test_several_generations_by_hand(toy_set, tmp_path, monkeypatch):
     assert details["pass@k"] == {1: 0.5, 2: metrics["pass@2_t1"], 3: 1.0}
     assert details["maj@k"] == {1: 1.0, 2: 1.0, 3: 0.5}
     assert details["best_of_n"] == 1.0
-    assert evaluate.title("pass@2_t1") == "pass@2, T = 1 (%)"
+    assert tables.title("pass@2_t1") == "pass@2, T = 1 (%)"
 
 
 def test_flexible_match_of_gsm8k(toy_set, tmp_path, monkeypatch):
@@ -371,7 +372,7 @@ def test_table_arithmetic(tmp_path):
     runs = [result("sft-more", s, accuracy_t0=v, nll_y=v + 1) for s, v in enumerate(a, 1)]
     runs += [result("rac", s, accuracy_t0=v, nll_y=v + 2, train_seconds=9.0) for s, v in enumerate(b, 1)]
     runs += [result("bash", 2, accuracy_t0=c[0], nll_y=1.0)]
-    table = evaluate.summarise(evaluate.read_results(written(tmp_path, *runs)), "sft-more")
+    table = tables.summarise(tables.read_results(written(tmp_path, *runs)), "sft-more")
     assert [row["name"] for row in table["rows"]] == ["sft-more", "rac", "bash"]
     assert table["rows"][1]["seeds"] == [1, 2, 3, 4]
     expected = b.mean(), b.std(ddof=1) / 2
@@ -381,7 +382,7 @@ def test_table_arithmetic(tmp_path):
     assert table["differences"][0]["metrics"].keys() == {"accuracy_t0", "nll_y"}  # the baseline has no train_seconds
     assert table["differences"][0]["seeds"] == [1, 2, 3]
     assert table["differences"][1]["metrics"]["accuracy_t0"] == (pytest.approx(c[0] - a[1]), None)
-    lines = evaluate.markdown(table).splitlines()
+    lines = tables.markdown(table).splitlines()
     assert lines[2].startswith("| Method | Greedy (%) | NLL given y | Training (s) | Seeds |")
     assert lines[4] == (
         f"| sft-more | {100 * a.mean():.1f} ± {100 * a.std(ddof=1) / math.sqrt(3):.1f} "
@@ -416,21 +417,21 @@ def test_table_command_writes_what_it_can_read_again(tmp_path, capsys):
 def test_table_refuses(tmp_path, change, message):
     files = written(tmp_path, result("sft", 1, accuracy_t0=0.5), result("rac", 2, accuracy_t0=0.5) | change)
     with pytest.raises(ValueError, match=message) as error:
-        evaluate.summarise(evaluate.read_results(files))
+        tables.summarise(tables.read_results(files))
     assert "1.json" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_table_refuses_unknown_baseline_and_other_files(tmp_path):
-    runs = evaluate.read_results(written(tmp_path, result("sft", 1, accuracy_t0=0.5)))
+    runs = tables.read_results(written(tmp_path, result("sft", 1, accuracy_t0=0.5)))
     with pytest.raises(ValueError, match="--baseline rac: no such name; there are sft"):
-        evaluate.summarise(runs, "rac")
+        tables.summarise(runs, "rac")
     for text in ("[1", '{"name": "x"}', "[]", "3", '{"runs": [7]}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=r"bad.json: not a results.json"):
-            evaluate.read_results([str(tmp_path / "bad.json")])
+            tables.read_results([str(tmp_path / "bad.json")])
     with pytest.raises(OSError):
-        evaluate.read_results([str(tmp_path / "none.json")])
+        tables.read_results([str(tmp_path / "none.json")])
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -490,7 +491,7 @@ def test_resumes(folder, tmp_path, monkeypatch):
     before = (tmp_path / "a" / "generations-t1" / "source.json").stat().st_mtime_ns
     with pytest.raises(ValueError, match=r"another run \(--limit 0 -> 4\)"):
         call(folder, monkeypatch, *out, "--limit", "4")
-    ddp_utils.open_out.lock.close()
+    folders.open_out.lock.close()
     call(folder, monkeypatch, *out)
     assert (tmp_path / "a" / "generations-t1" / "source.json").stat().st_mtime_ns == before
     call(folder, monkeypatch, "--out", str(tmp_path / "b"), *out[2:])
@@ -545,7 +546,7 @@ def test_exposure_of_a_task_without_answers(folder, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "b" / "results.json").read_text())
     assert [*found["metrics"]][:3] == ["rouge1_t0.01", "rouge2_t0.01", "rougeL_t0.01"]
     assert found["x"] == 500 and found["generations"] == 1
-    assert evaluate.title("rougeL_t0.01") == "ROUGE-L, T = 0.01 (%)"
+    assert tables.title("rougeL_t0.01") == "ROUGE-L, T = 0.01 (%)"
 
 
 # ---------------------------------------------------------------------------------------------- AlpacaEval
@@ -612,8 +613,8 @@ def test_eval_every(folder, tmp_path, monkeypatch):
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
 
     args = arguments(tmp_path / "c", model=str(tmp_path / "a"), max_response=40)
-    tokenizer = ddp_utils.load_tokenizer(args.model)
-    lm = ddp_utils.load_model(args.model)
+    tokenizer = fsdp.load_tokenizer(args.model)
+    lm = fsdp.load_model(args.model)
     examples, _ = evaluate.data.examples("toy", tokenizer, data=f"{folder}/test.jsonl", limit=5, max_response=40)
     found = evaluate.exposure(args, lm, tokenizer, examples)
     assert rows[-1]["held_nll"] == pytest.approx(found["nll_y"], rel=1e-5)
@@ -630,8 +631,8 @@ def test_eval_every_in_a_stage_that_generates(folder, tmp_path, monkeypatch):
 def test_watch_knows_a_right_answer(folder, monkeypatch):
     """Three of the eight problems are answered right."""
     problems = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
-    tokenizer = ddp_utils.load_tokenizer(str(folder / "model"))
-    run = Namespace(model=ddp_utils.load_model(str(folder / "model")), tokenizer=tokenizer, device="cpu")
+    tokenizer = fsdp.load_tokenizer(str(folder / "model"))
+    run = Namespace(model=fsdp.load_model(str(folder / "model")), tokenizer=tokenizer, device="cpu")
     run.args = Namespace(task="toy", data=None, columns="", max_prompt=0, max_response=0, micro_batch_size=4)
     run.args.eval_data, run.args.eval_rows = f"{folder}/test.jsonl", 8
     by_prompt = {problem["prompt"]: i for i, problem in enumerate(problems)}

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from datasets import load_from_disk
 
-import ddp_utils as ddp
+import ddp_utils
 import tiny
 from test_training import FLAGS, HERE, free_port, largest_difference, launch, log, runner, world
 
@@ -180,9 +180,9 @@ def test_damage_is_seen(cut, tmp_path, fault):
     out, _, newer = cut
     folder = tmp_path / newer
     shutil.copytree(out / "checkpoints" / newer, folder)
-    assert not ddp.damage(folder)
+    assert not ddp_utils.damage(folder)
     DAMAGE[fault](folder)
-    assert ddp.damage(folder)
+    assert ddp_utils.damage(folder)
 
 
 @pytest.mark.parametrize("faults, ranks", [(["truncated"], 0), (["flipped"], 2), (["gone", "flipped"], 0)])

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers.cache_utils import Cache
 
-from generate import Columns, draw, generate, gumbel, join, keep_rows, noise_keys
+from generate import generate
+from lib.kv_cache import Columns, join, keep_rows
+from lib.noise import draw, gumbel, noise_keys
 from tiny import ARCHS, model
 
 torch.set_num_threads(1)
@@ -142,7 +144,7 @@ def test_where_the_buffers_grow_changes_nothing(arch, free, monkeypatch):
     lm, prompts = model(arch), ragged(12, 20)
     args = {"max_new_tokens": 30, "eos_token_id": [3, 5, 8], "n": 2}
     whole = generate(lm, prompts, **args)
-    monkeypatch.setattr("generate.FREE", free)  # grown at every token, at every second one, …
+    monkeypatch.setattr("lib.kv_cache.FREE", free)  # grown at every token, at every second one, …
     assert generate(lm, prompts, **args) == whole
     assert generate(lm, prompts, batch_size=5, **args) == whole
 
@@ -189,7 +191,7 @@ def test_rows_leave_and_join_in_place():
 
 def test_the_model_is_left_as_it_was():
     lm = model("llama").train()
-    lm.gradient_checkpointing_enable()
+    getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)()  # by transformers' version
     lm.model.layers[1].eval()
     reference = generate(model("llama"), [[5, 6, 7]], max_new_tokens=8, eos_token_id=None)
     assert generate(lm, [[5, 6, 7]], max_new_tokens=8, eos_token_id=None) == reference

@@ -14,14 +14,16 @@ import safetensors.torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 import bash
-import ddp_utils as ddp
+import ddp_utils
 import evaluate
+import folders
 import generate
 import rac
 import scs
 import sft
 import tiny
 import toy
+from lib import ranks
 
 MODULES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac, "generate": generate, "evaluate": evaluate, "toy": toy}
 READ = "--model model --task ultrachat --data train.jsonl --columns response=response --max-response 12 "
@@ -441,7 +443,7 @@ def base(tmp_path_factory):
     for name, columns in {"D_s": ("x", "y", "y_hat"), "D_r": ("x", "y", "z", "z_bar")}.items():
         made = [{"id": i} | dict.fromkeys(columns, x) for i, x in enumerate(ids)]
         datasets.Dataset.from_list(made).save_to_disk(folder / name)
-        ddp.write_json(folder / name / "source.json", {"tokenizer": ddp.fingerprint(tokenizer)})
+        folders.write_json(folder / name / "source.json", {"tokenizer": folders.fingerprint(tokenizer)})
     return folder
 
 
@@ -454,10 +456,10 @@ def run(base, tmp_path, monkeypatch, command: str, flags: str, prepare: Callable
     words = flags[5:] if flags.startswith("only") else GIVEN[command] + flags
     name = command.split()[0]
     monkeypatch.setattr("sys.argv", [f"{name}.py", *shlex.split(words)])
-    ddp.cli(MODULES[name].main)
+    ranks.cli(MODULES[name].main)
 
 
-LONG = (ddp.Run, "steps"), (ddp, "offline"), (toy, "train_base"), (toy, "problems")
+LONG = (ddp_utils.Run, "steps"), (folders, "offline"), (toy, "train_base"), (toy, "problems")
 
 
 def long_work(*_, **__):

@@ -17,10 +17,10 @@ import datasets
 import pytest
 import torch
 
-import ddp_utils
 import evaluate
-import judge
 import tiny
+from lib import ranks
+from tools import judge
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-secret-0123456789"
@@ -402,7 +402,7 @@ def test_goes_on_after_a_kill(tmp_path, serve):
         well(handler, prompt, n)
 
     server, path = serve(some), answers(tmp_path, n=10)
-    command = [sys.executable, str(ROOT / "judge.py"), str(path), "--judge-url", server.url]
+    command = [sys.executable, str(ROOT / "tools" / "judge.py"), str(path), "--judge-url", server.url]
     command += ["--judge-model", "tiny", "--concurrency", "1"]
     with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE) as process:
         ends = time.time() + 60
@@ -524,7 +524,7 @@ def test_command_line(tmp_path, serve, monkeypatch, capsys):
     server = serve(well)
     given = [str(answers(tmp_path)), "--judge-url", server.url, "--judge-model", "tiny"]
     monkeypatch.setattr(sys, "argv", ["judge.py", *given, "--judge-options", '{"temperature": 0}', "--limit", "2"])
-    ddp_utils.cli(judge.main)
+    ranks.cli(judge.main)
     assert "win rate 100.0% ± 0.0% against the reference (2 of 2" in capsys.readouterr().out
     for wrong in ("3", "{", '{"model": "x"}'):
         monkeypatch.setattr(sys, "argv", ["judge.py", *given, "--judge-options", wrong])

@@ -13,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import batches
 import data
-import ddp_utils as ddp
+import ddp_utils
 import dpo
 import generate
 import rac
+import rac_options
 import sft
 import spin
 import tiny
+from lib import fsdp, preferences
+from lib.ranks import cli, fold_in
 from test_training import largest_difference, launch, log
 
 STAGES = {"sft": sft, "spin": spin, "dpo": dpo, "rac": rac}
@@ -59,10 +63,10 @@ def run(monkeypatch, stage, base, out, *flags):
 
 def fails(monkeypatch, capsys, *args):
     """The one line that a failing command prints, with nothing long begun."""
-    monkeypatch.setattr(ddp.Run, "offline", None)
-    monkeypatch.setattr(ddp.Run, "steps", None)
+    monkeypatch.setattr(ddp_utils.Run, "offline", None)
+    monkeypatch.setattr(ddp_utils.Run, "steps", None)
     with pytest.raises(SystemExit) as stop:
-        ddp.cli(lambda: run(monkeypatch, *args))
+        cli(lambda: run(monkeypatch, *args))
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
@@ -105,7 +109,7 @@ def test_soft_loss(reverse, masked):
     z = torch.where(torch.rand(B, L, generator=g) < 0.5, z, z_bar)
     mask = torch.arange(L) < torch.tensor([5, 3, 0])[:, None]
     logits.requires_grad_()
-    loss, n = rac.rac_soft_loss(logits, z, z_bar, top_ids, top_logp, mask, masked, reverse)
+    loss, n = rac_options.rac_soft_loss(logits, z, z_bar, top_ids, top_logp, mask, masked, reverse)
     learn = mask & (z != z_bar) if masked else mask
     assert 0 < learn.sum() < B * L and n == mask.sum()
     expected = 0.0
@@ -126,10 +130,10 @@ def test_soft_loss_with_all_its_mass_on_one_token_is_the_hard_one():
     g = torch.Generator().manual_seed(0)
     logits, z_bar = torch.randn(2, 3, 7, generator=g), torch.randint(7, (2, 3), generator=g)
     mask, z = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.long)
-    soft = rac.rac_soft_loss(logits, z, z_bar, z_bar[..., None], torch.zeros(2, 3, 1), mask)[0]
+    soft = rac_options.rac_soft_loss(logits, z, z_bar, z_bar[..., None], torch.zeros(2, 3, 1), mask)[0]
     assert torch.allclose(soft, rac.rac_loss(logits, z, z_bar, mask)[0])
     assert torch.isfinite(
-        rac.rac_soft_loss(logits * 99, z, z_bar, z_bar[..., None], torch.zeros(2, 3, 1), mask, True, True)[0]
+        rac_options.rac_soft_loss(logits * 99, z, z_bar, z_bar[..., None], torch.zeros(2, 3, 1), mask, True, True)[0]
     )
 
 
@@ -138,7 +142,7 @@ def test_soft_loss_with_all_its_mass_on_one_token_is_the_hard_one():
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gpt2", "qwen3"])
 def test_log_probs(arch, share_prompt, chunk, monkeypatch):
     """Sums by row, and their gradients, are those of plain forwards; an empty row gives 0."""
-    monkeypatch.setattr(data, "CHUNK", chunk)
+    monkeypatch.setattr(batches, "CHUNK", chunk)
     model, rng = tiny.model(arch), random.Random(1)
     x, y, z = ([[rng.randrange(64) for _ in range(n)] for n in sizes] for sizes in ((5, 2, 9), (4, 0, 7), (1, 3, 0)))
     found = dpo.log_probs(model, x, {"y": y, "z": z}, share_prompt)
@@ -167,7 +171,7 @@ def noise_of(model, rows, alpha, seed=3):
     x, y = ([row[name] for row in rows] for name in ("x", "y"))
     for a in (alpha, 0):
         with sft.neftune(model, rows, a, seed):
-            loss = data.losses(model, x, {"sft": (sft.sft_loss, y, y)})["sft"]
+            loss = batches.losses(model, x, {"sft": (sft.sft_loss, y, y)})["sft"]
     assert not inner._forward_hooks
     watch.remove()
     return seen[0] - seen[1], loss
@@ -234,9 +238,9 @@ def test_d_spin_is_drawn_and_weighed_by_the_opponent(base, two_iterations, tmp_p
     opponents = {"D_spin_1": base / "llama", "D_spin_2": first, "D_spin_1_again": first}
     for name, rows in sets.items():
         assert set(rows.column_names) == {"id", "x", "y", "z", "y_logp", "z_logp"}
-        opponent = ddp.load_model(str(opponents[name]))
+        opponent = fsdp.load_model(str(opponents[name]))
         if name != "D_spin_1_again":
-            seed = ddp.fold_in(0, int(name[-1]))
+            seed = fold_in(0, int(name[-1]))
             z = generate.generate(opponent, rows["x"][:], max_new_tokens=12, eos_token_id=EOS, seed=seed)
             assert [samples[0] for samples in z] == rows["z"][:]
         for row in rows:
@@ -260,16 +264,16 @@ def test_spin_steps(two_iterations):
 @pytest.mark.parametrize("step", [2, 5])
 def test_an_interrupted_spin_ends_in_the_same_weights(base, two_iterations, tmp_path, monkeypatch, step):
     """Stopped in its first and in its second iteration; the same command goes on, and ends bitwise equal."""
-    out, update = tmp_path / "out", ddp.Run._update
+    out, update = tmp_path / "out", ddp_utils.Run.update
 
-    def stop(self, *args):
+    def stop(self, **also):
         self._signal = self.total + 1 == step
-        return update(self, *args)
+        return update(self, **also)
 
-    monkeypatch.setattr(ddp.Run, "_update", stop)
+    monkeypatch.setattr(ddp_utils.Run, "update", stop)
     with pytest.raises(SystemExit, match=f"stopped after step {step if step < 4 else step - 3}"):
         run(monkeypatch, "spin", base, out, "--iterations", "2", "--beta", "0.5")
-    monkeypatch.setattr(ddp.Run, "_update", update)
+    monkeypatch.setattr(ddp_utils.Run, "update", update)
     run(monkeypatch, "spin", base, out, "--iterations", "2", "--beta", "0.5")
     one, two = (load_file(folder / "model.safetensors") for folder in (two_iterations, out))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -280,7 +284,7 @@ def test_an_interrupted_spin_ends_in_the_same_weights(base, two_iterations, tmp_
 def test_dpo(base, tmp_path, monkeypatch):
     out = run(monkeypatch, "dpo", base, tmp_path / "out", "--epochs", "8", "--beta", "0.1")
     rows = [json.loads(line) for line in (base / "pairs.jsonl").read_text().splitlines()]
-    tokenizer, model = ddp.load_tokenizer(str(base / "llama")), ddp.load_model(str(base / "llama"))
+    tokenizer, model = fsdp.load_tokenizer(str(base / "llama")), fsdp.load_model(str(base / "llama"))
     for row, made in zip(rows, datasets.load_from_disk(str(out / "D_ref")), strict=True):
         assert made["x"] == tokenizer(data.chat(tokenizer, row["prompt"]))["input_ids"]
         assert made["y"] == tokenizer(row["chosen"])["input_ids"] + [EOS]
@@ -302,8 +306,8 @@ def test_dpo_of_a_step_is_the_mean_over_its_pairs(base, tmp_path, monkeypatch):
     one = run(monkeypatch, "dpo", base, tmp_path / "one", "--max-steps", "1", "--beta", "0.3", "--warmup", "0")
     two = run(monkeypatch, "dpo", base, tmp_path / "two", "--max-steps", "2", "--beta", "0.3", "--warmup", "0")
     assert log(out)[0]["loss"] == pytest.approx(log(two)[0]["loss"], rel=1e-5)
-    pairs, model = datasets.load_from_disk(str(two / "D_ref")), ddp.load_model(str(one))
-    picked = ddp.batch_rows(len(pairs), 1, 4, ddp.fold_in(0, 0))
+    pairs, model = datasets.load_from_disk(str(two / "D_ref")), fsdp.load_model(str(one))
+    picked = ddp_utils.batch_rows(len(pairs), 1, 4, fold_in(0, 0))
     margins = []
     for row in (pairs[i] for i in picked):
         y, z = (log_p(model, row["x"], row[name]) - row[f"{name}_logp"] for name in ("y", "z"))
@@ -331,7 +335,7 @@ def load(tmp_path, *rows, **flags):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"data": str(path), "task": "ultrachat", "columns": "", "limit": 0, "max_prompt": 0, "max_response": 0}
-    return data.load_preferences(Namespace(**given | {"max_length": 1024} | flags), tiny.word_tokenizer())
+    return preferences.load_preferences(Namespace(**given | {"max_length": 1024} | flags), tiny.word_tokenizer())
 
 
 @pytest.mark.parametrize("row", FORMS)
@@ -416,7 +420,7 @@ def test_nothing_to_prefer(tmp_path, rows, message):
 def test_top_labels_are_those_of_one_plain_pass_each():
     model, rng = tiny.model("mistral", vocab=40), random.Random(3)
     f, z = ([[rng.randrange(40) for _ in range(n)] for n in sizes] for sizes in ((9, 3, 17), (4, 8, 1)))
-    labels = rac.rac_top_labels(model, f, z, k=5, batch_size=2)
+    labels = rac_options.rac_top_labels(model, f, z, k=5, batch_size=2)
     assert [row["z_bar"] for row in labels] == rac.rac_labels(model, f, z)
     for prompt, own, row in zip(f, z, labels, strict=True):
         logp = model(torch.tensor([prompt + own]), use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -430,7 +434,7 @@ def test_soft_labels_of_a_first_step(base, tmp_path, monkeypatch, flags):
     soft = ["--labels", "topk", "--topk", "4", *flags.split()]
     out = run(monkeypatch, "rac", base, tmp_path / "out", *soft, "--max-steps", "1", "--batch-size", "9")
     d_r = datasets.load_from_disk(str(out / "D_r_1"))
-    model, total, n = ddp.load_model(str(base / "llama")).double(), 0.0, 0
+    model, total, n = fsdp.load_model(str(base / "llama")).double(), 0.0, 0
     for row in d_r:
         x, z, z_bar = (torch.tensor(row[name])[None] for name in ("x", "z", "z_bar"))
         logits = model(torch.cat([x, z], 1), use_cache=False).logits[:, x.shape[1] - 1 : -1]
@@ -440,14 +444,14 @@ def test_soft_labels_of_a_first_step(base, tmp_path, monkeypatch, flags):
             mask = differ * (differ.cumsum(1) == 1)
         top = (torch.tensor(row[name])[None] for name in ("top_ids", "top_logp"))
         kind = {"masked": "--unmasked" not in flags, "reverse": "reverse" in flags}
-        total += float(rac.rac_soft_loss(logits, z, z_bar, *top, mask, **kind)[0].detach())
+        total += float(rac_options.rac_soft_loss(logits, z, z_bar, *top, mask, **kind)[0].detach())
         n += z.shape[1]
     assert log(out)[0]["rac"] == pytest.approx(total / n, rel=1e-4)
 
 
 def test_first_correction_only():
-    assert rac.to_first_correction([1, 2, 3, 4], [1, 5, 3, 6]) == ([1, 2], [1, 5])
-    assert rac.to_first_correction([1, 2], [1, 2]) == ([], [])
+    assert rac_options.to_first_correction([1, 2, 3, 4], [1, 5, 3, 6]) == ([1, 2], [1, 5])
+    assert rac_options.to_first_correction([1, 2], [1, 2]) == ([], [])
 
 
 def test_labels_from_the_start(base, tmp_path, monkeypatch):
@@ -457,8 +461,8 @@ def test_labels_from_the_start(base, tmp_path, monkeypatch):
     assert [r["loss"] for r in log(first)] == [r["loss"] for r in log(out)][:3]
     d_r, f = datasets.load_from_disk(str(out / "D_r_2")), datasets.load_from_disk(str(out / "D_z_2"))["f"][:]
     assert set(d_r.column_names) == {"id", "x", "y", "z", "z_bar"}
-    start, trained = ddp.load_model(str(base / "llama")), ddp.load_model(str(first))
-    z = generate.generate(trained, d_r["x"][:], max_new_tokens=12, eos_token_id=EOS, seed=ddp.fold_in(0, 2))
+    start, trained = fsdp.load_model(str(base / "llama")), fsdp.load_model(str(first))
+    z = generate.generate(trained, d_r["x"][:], max_new_tokens=12, eos_token_id=EOS, seed=fold_in(0, 2))
     assert d_r["z"][:] == [samples[0] for samples in z]
     assert d_r["z_bar"][:] == rac.rac_labels(start, f, d_r["z"][:]) != rac.rac_labels(trained, f, d_r["z"][:])
 
@@ -472,14 +476,14 @@ def test_implausible_corrections_are_left_out(base, tmp_path, monkeypatch):
         for name, flags in (("whole", ()), ("kept", ("--plausible", "0.02")))
     )
     assert whole["z"][:] == kept["z"][:]
-    start = ddp.load_model(str(base / "llama"))
-    z_bar = rac.plausible_labels(start, whole["x"][:], whole["z"][:], whole["z_bar"][:], 0.02)
+    start = fsdp.load_model(str(base / "llama"))
+    z_bar = rac_options.plausible_labels(start, whole["x"][:], whole["z"][:], whole["z_bar"][:], 0.02)
     assert kept["z_bar"][:] == z_bar and z_bar != whole["z_bar"][:] and z_bar != whole["z"][:]
 
 
 @pytest.mark.parametrize(("limit", "flags", "share"), [(0.9, (), 1), (0.9, ("--plausible", "0.01"), 1), (1e-9, (), 0)])
 def test_implausible_corrections_are_counted(base, tmp_path, monkeypatch, capsys, limit, flags, share):
-    monkeypatch.setattr(rac, "IMPLAUSIBLE", limit)
+    monkeypatch.setattr(rac_options, "IMPLAUSIBLE", limit)
     run(monkeypatch, "rac", base, tmp_path / "out", "--max-steps", "1", *flags)
     printed = capsys.readouterr().err
     assert f"D_r_1: {share:.0%} of the corrections have a chance under {limit} without the reference" in printed
@@ -493,7 +497,7 @@ def test_rac_flags_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
         monkeypatch, "rac", base, tmp_path / "read", "--labels", "topk", "--topk", "3", "--max-steps", "1", *pairs
     )
     assert [r["loss"] for r in log(read)] == [r["loss"] for r in log(made)]
-    monkeypatch.setattr(rac, "report", None)
+    monkeypatch.setattr(rac_options, "report", None)
 
     def refused(*flags):
         return fails(monkeypatch, capsys, "rac", base, tmp_path / "refused", *flags)

@@ -16,10 +16,10 @@ import datasets
 import numpy as np
 import pytest
 
-import ddp_utils
-import show
 import tiny
 import toy
+from lib import ranks, tables
+from tools import corrections, plots, show
 
 HOSTILE = ["<script>document.title='owned'</script>", "<img/src=x/onerror=alert(1)>", "</div></main>", "&lt;", '"><b>']
 HOSTILE += ["\x1b[31mred", "\u202ereversed", "a\x00b", "-->", "{z}"]
@@ -67,7 +67,7 @@ class Outline(html.parser.HTMLParser):
 
 def test_page(tmp_path):
     args = folder(tmp_path)
-    show.corrections(args)
+    corrections.corrections(args)
     text = Path(args.out).read_text(encoding="utf-8")
     found = Outline(text)
     assert found.tags.count("script") == found.tags.count("style") == 1
@@ -109,7 +109,7 @@ def test_page_in_a_browser(tmp_path):
     there = f"http://127.0.0.1:{server.server_port}"
     words = [f"<img/src={there}/a>", f"<link/rel=stylesheet/href={there}/b>", *HOSTILE]
     args = folder(tmp_path, words)
-    show.corrections(args)
+    corrections.corrections(args)
     command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
 
     def dom(address: str) -> str:
@@ -132,17 +132,17 @@ def test_pieces_of_a_byte_tokenizer(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "the cat sat, the cat sat; the end\n" * 9}) + "\n")
     tokenizer = toy.byte_tokenizer([str(tmp_path / "t.jsonl")], 270)
     ids = tokenizer("the  cat\n\nsat — é")["input_ids"]
-    parts = show.marked(tokenizer, ids, ids)
+    parts = corrections.marked(tokenizer, ids, ids)
     assert len(parts) == 1 and parts[0][0].startswith("the  cat\n\nsat ⟨â⟩")
     other = [tokenizer("x")["input_ids"][0]] * len(ids)
-    assert ("⏎", "x") in show.marked(tokenizer, ids, other)
-    assert show.blank(" ") == "␣" and show.blank("") == "∅" and show.blank(" a") == " a"
+    assert ("⏎", "x") in corrections.marked(tokenizer, ids, other)
+    assert corrections.blank(" ") == "␣" and corrections.blank("") == "∅" and corrections.blank(" a") == " a"
 
 
 def test_limit_is_said(tmp_path):
     args = folder(tmp_path)
     args.limit = 2
-    show.corrections(args)
+    corrections.corrections(args)
     found = Outline(Path(args.out).read_text(encoding="utf-8"))
     assert found.tags.count("article") == 2 and "the first 2 rows" in found.text
 
@@ -150,21 +150,21 @@ def test_limit_is_said(tmp_path):
 def test_terminal(tmp_path, capsys, monkeypatch):
     args = folder(tmp_path)
     args.out, args.terminal = None, 3
-    show.corrections(args)
+    corrections.corrections(args)
     plain = capsys.readouterr().out
     assert "row 1, 25.0 % corrected\n  z: 3 [5→4] 5 <eos>\n  y: 3 4 <eos>\n" in plain
     assert "\\x1b[31mred" in plain and "\x1b" not in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    show.corrections(args)
+    corrections.corrections(args)
     coloured = capsys.readouterr().out
     assert "3 [\x1b[31m5\x1b[0m→\x1b[32;4m4\x1b[0m] 5" in coloured
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain  # our own escapes are the only ones
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            show.corrections(args)
+            corrections.corrections(args)
             assert capsys.readouterr().out == plain
 
 
@@ -173,7 +173,7 @@ def command(monkeypatch, capsys, *words: object) -> str:
     monkeypatch.setattr(sys, "argv", ["show.py", *map(str, words)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        ddp_utils.cli(show.main)
+        ranks.cli(show.main)
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 or lines[0].startswith("usage")
@@ -214,26 +214,26 @@ def result(path: Path, name: str, seed: int, **kw) -> Path:
 
 
 def test_log_of(tmp_path):
-    found = show.log_of(log(tmp_path / "run", bash=1.5, sft=0.5))
+    found = plots.log_of(log(tmp_path / "run", bash=1.5, sft=0.5))
     assert [*found] == ["loss", "bash", "sft", "grad_norm", "lr", "tokens/s", "held_nll"]
     assert found["tokens/s"][0] == (1, 100.0) and found["held_nll"] == [(5, 1.0), (10, 1.0)]
-    assert show.thinned([(i, float(i)) for i in range(1, 401)])[0][:2] == [1.5, 3.5]
-    assert len(show.thinned([(i, 0.0) for i in range(999)])[0]) <= 200
+    assert plots.thinned([(i, float(i)) for i in range(1, 401)])[0][:2] == [1.5, 3.5]
+    assert len(plots.thinned([(i, 0.0) for i in range(999)])[0]) <= 200
 
 
 def test_training_plot(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     runs = [log(tmp_path / "bash", bash=1.5, sft=0.5), log(tmp_path / "other" / "bash", 700, sft=1.0)]
     args = Namespace(runs=[*map(str, runs)], out=str(tmp_path / "plots"), metric=None, x_label="x", log_x=False)
-    show.plots(args)
+    plots.plots(args)
     svg = (tmp_path / "plots" / "training.svg").read_text()
     for text in ("loss", "bash", "sft", "grad_norm", "lr", "tokens/s", "held_nll", str(runs[1])):
         assert f">{text}</text>" in svg
     assert svg.count("stroke-dasharray") > 5  # lines differ by more than colour
     assert (tmp_path / "plots" / "training.png").read_bytes()[:4] == b"\x89PNG"
-    show.plots(args)
+    plots.plots(args)
     assert (tmp_path / "plots" / "training.svg").read_text() == svg  # the same each time
-    assert len({(str(show.how(i)["linestyle"]), show.how(i)["marker"]) for i in range(10)}) == 10
+    assert len({(str(plots.how(i)["linestyle"]), plots.how(i)["marker"]) for i in range(10)}) == 10
 
 
 def test_metric_over_x(tmp_path):
@@ -244,18 +244,18 @@ def test_metric_over_x(tmp_path):
         for x in (100, 50)
         for seed in (1, 2)
     ]
-    runs = show.evaluate.read_results([*map(str, files)])
-    points = show.over_x(runs, "accuracy_t0")
+    runs = tables.read_results([*map(str, files)])
+    points = plots.over_x(runs, "accuracy_t0")
     assert points["sft"] == [
         (50, pytest.approx(0.2), pytest.approx(0.05)),
         (100, pytest.approx(0.25), pytest.approx(0.05)),
     ]
     args = Namespace(runs=[*map(str, files)], out=str(tmp_path / "p"), metric=None, x_label="examples", log_x=True)
-    show.plots(args)
+    plots.plots(args)
     svg = (tmp_path / "p" / "accuracy_t0.svg").read_text()
     assert all(f">{text}</text>" in svg for text in ("sft", "bash", "examples", "Greedy (%)", "50", "100"))
     with pytest.raises(ValueError, match="a second sft, seed 1, at x = 100"):
-        show.over_x([*runs, runs[0]], "accuracy_t0")
+        plots.over_x([*runs, runs[0]], "accuracy_t0")
 
 
 def test_plots_bad_input(tmp_path, monkeypatch, capsys):
@@ -298,10 +298,10 @@ def generations(path: Path, *rows: tuple[str, list[str]]) -> Path:
 
 def test_distance_by_hand(tmp_path):
     rows = [{"reference": "0", "responses": ["0", "60", "90"]}, {"reference": "90", "responses": ["270"]}]
-    first, second = show.distances(rows, angles)
+    first, second = plots.distances(rows, angles)
     assert first == pytest.approx([0, 0.5, 1]) and second == pytest.approx([2])
     with pytest.raises(ValueError, match="the embedder made"):
-        show.distances(rows, lambda texts: np.zeros((2, 2)))
+        plots.distances(rows, lambda texts: np.zeros((2, 2)))
 
 
 def test_violins(tmp_path):
@@ -310,14 +310,14 @@ def test_violins(tmp_path):
     rac = generations(tmp_path / "z.jsonl", ("0", ["0", "10", "60"]), ("0", ["10", "10", "10"]))
     out = tmp_path / "out"
     args = Namespace(files=[str(sft), f"rac={rac}"], out=str(out), embedder="angles", rows=[])
-    show.distance(args, angles)
+    plots.distance(args, angles)
     made = json.loads((out / "distance.json").read_text())
     assert made["medians"]["rac"][0] == pytest.approx(1 - np.cos(np.radians(10)))
     assert made["distances"]["sft"][0] == pytest.approx(1 - np.cos(np.radians([60, 80, 90])))
     svg = (out / "distance.svg").read_text()
     assert all(f">{text}</text>" in svg for text in ("sft", "rac", "query 0", "query 1"))
     args.rows = [1]
-    show.distance(args, angles)
+    plots.distance(args, angles)
     assert json.loads((out / "distance.json").read_text())["rows"] == [1]
 
 
@@ -336,5 +336,5 @@ def test_distance_bad_input(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     assert "pip install sentence-transformers" in told(a)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    show.pyplot.cache_clear()
+    plots.pyplot.cache_clear()
     assert "pip install matplotlib" in told(a)

@@ -11,12 +11,15 @@ import torch
 
 import bash
 import data
-import ddp_utils as ddp
+import ddp_utils
+import folders
 import generate
 import rac
+import rac_options
 import scs
 import sft
 import tiny
+from lib import fsdp, ranks
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac}
@@ -50,7 +53,7 @@ def run(monkeypatch, stage, base, out, *flags, data_file="train.jsonl", model="m
 def fails(monkeypatch, capsys, *args, **kw):
     """The one line that a failing command prints."""
     with pytest.raises(SystemExit) as stop:
-        ddp.cli(lambda: run(monkeypatch, *args, **kw))
+        ranks.cli(lambda: run(monkeypatch, *args, **kw))
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
@@ -87,10 +90,10 @@ def test_plausible_labels_token_by_token(arch):
         for prompt, own, row in zip(x, z, z_bar, strict=True)
     ]
     p = sorted(sum(chances, []))[8] * 0.999  # eleven of the nineteen stay
-    kept = rac.plausible_labels(model, x, z, z_bar, p, batch_size=3)
+    kept = rac_options.plausible_labels(model, x, z, z_bar, p, batch_size=3)
     for own, row, chance, found in zip(z, z_bar, chances, kept, strict=True):
         assert found == [label if c >= p else token for token, label, c in zip(own, row, chance, strict=True)]
-    assert rac.plausible_labels(model, x, z, z_bar, 0.0) == z_bar
+    assert rac_options.plausible_labels(model, x, z, z_bar, 0.0) == z_bar
 
 
 def test_d_r_is_made_as_algorithm_2_says(base, tmp_path, monkeypatch):
@@ -98,7 +101,7 @@ def test_d_r_is_made_as_algorithm_2_says(base, tmp_path, monkeypatch):
     out = run(monkeypatch, "rac", base, tmp_path / "rac", "--temperature", "0")
     d_r = datasets.load_from_disk(str(out / "D_r_1"))
     assert {"id", "x", "y", "z", "z_bar"} == set(d_r.column_names)
-    tokenizer, model = ddp.load_tokenizer(str(base / "model")), ddp.load_model(str(base / "model"))
+    tokenizer, model = fsdp.load_tokenizer(str(base / "model")), fsdp.load_model(str(base / "model"))
     rows = data.load_rows("ultrachat", str(base / "train.jsonl"), columns="response=response")
     for row, made in zip(rows, d_r, strict=True):
         x = tokenizer(f"<|system|>\n<eos>\n<|user|>\n{row['prompt']}<eos>\n<|assistant|>\n")["input_ids"]
@@ -112,8 +115,8 @@ def test_d_r_is_made_as_algorithm_2_says(base, tmp_path, monkeypatch):
 def test_d_s_mixes_y_with_the_models_tokens(base, tmp_path, monkeypatch):
     out = run(monkeypatch, "bash", base, tmp_path / "bash", "--beta", "0.5", "--seed", "3")
     d_s = datasets.load_from_disk(str(out / "D_s_1"))
-    model = ddp.load_model(str(base / "model"))
-    expected = generate.mix(model, d_s["x"][:], d_s["y"][:], beta=0.5, seed=ddp.fold_in(3, 1), method="token")
+    model = fsdp.load_model(str(base / "model"))
+    expected = generate.mix(model, d_s["x"][:], d_s["y"][:], beta=0.5, seed=ranks.fold_in(3, 1), method="token")
     assert d_s["y_hat"][:] == expected != d_s["y"][:]
 
 
@@ -130,9 +133,9 @@ def test_two_iterations_are_two_runs_in_a_row_and_the_second_uses_fresh_data(bas
     both = run(monkeypatch, "bash", base, tmp_path / "both", "--iterations", "2", "--beta", "0.5")
     first = run(monkeypatch, "bash", base, tmp_path / "first", "--iterations", "1", "--beta", "0.5")
     assert [r["loss"] for r in read_log(first)] == [r["loss"] for r in read_log(both)][:3]
-    model = ddp.load_model(str(first))
+    model = fsdp.load_model(str(first))
     d_s = datasets.load_from_disk(str(both / "D_s_2"))
-    assert d_s["y_hat"][:] == generate.mix(model, d_s["x"][:], d_s["y"][:], beta=0.5, seed=ddp.fold_in(0, 2))
+    assert d_s["y_hat"][:] == generate.mix(model, d_s["x"][:], d_s["y"][:], beta=0.5, seed=ranks.fold_in(0, 2))
 
 
 def test_sft_first_is_a_phase_of_its_own(base, tmp_path, monkeypatch):
@@ -194,7 +197,7 @@ def test_describe():
         {"y": [1, 2], "z": [1, 3, 4], "z_bar": [1, 2, 4]},
         {"y": [1, 2], "z": [5, 5, 5], "z_bar": [1, 5, 1]},
     ]
-    assert rac.describe(datasets.Dataset.from_list(rows)) == {
+    assert rac_options.describe(datasets.Dataset.from_list(rows)) == {
         "tokens_corrected": 3 / 8, "z_equals_y": 1 / 3, "rows_without_correction": 1 / 3,
     }  # fmt: skip
 
@@ -298,7 +301,7 @@ def test_out_folders_are_guarded(base, tmp_path, monkeypatch, capsys):
     line = fails(monkeypatch, capsys, "sft", base, made, **inputs)
     assert "(what --model holds " in line and "--data" not in line
     shutil.copy(base / "model" / "model.safetensors", model)
-    ddp.open_out.lock.close()
+    folders.open_out.lock.close()
     data_file.write_text(data_file.read_text().replace("1", "2"))
     assert "(what --data holds " in fails(monkeypatch, capsys, "sft", base, made, **inputs)
     (tmp_path / "file").write_text("")
@@ -318,7 +321,7 @@ def test_a_diverging_run_stops_and_names_step_and_rows(base, tmp_path, monkeypat
 
 def test_a_batch_that_ran_out_of_memory_can_be_tried_with_a_smaller_micro_batch(base, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(ddp.Run, "finish", lambda run: None)  # as if killed after the last step
+    monkeypatch.setattr(ddp_utils.Run, "finish", lambda run: None)  # as if killed after the last step
     run(monkeypatch, "bash", base, out)
     monkeypatch.undo()
     run(monkeypatch, "bash", base, out, "--micro-batch-size", "2", "--generation-batch-size", "3")
@@ -349,7 +352,7 @@ def test_generate_command(base, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in rows] == [0, 1] and all(len(row["responses"]) == 2 for row in rows)
     made = datasets.load_from_disk(str(out) + ".data")
-    model, tokenizer = ddp.load_model(str(base / "model")), ddp.load_tokenizer(str(base / "model"))
+    model, tokenizer = fsdp.load_model(str(base / "model")), fsdp.load_tokenizer(str(base / "model"))
     z = generate.generate(model, made["x"][:], max_new_tokens=6, eos_token_id=tokenizer.eos_token_id, n=2)
     assert made["z"][:] == z
     with pytest.raises(ValueError, match="exists already"):

@@ -14,8 +14,10 @@ import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
-import ddp_utils as ddp
+import ddp_utils
+import folders
 import tiny
+from lib import fsdp, ranks
 
 HERE = Path(__file__).parent
 STAGES = ("sft", "scs", "bash", "rac")
@@ -79,23 +81,23 @@ def world(tmp_path_factory):
 
 # ------------------------------------------------------------------------------------------------ small parts
 def test_learning_rate():
-    rate = [ddp.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
+    rate = [ddp_utils.learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
     assert rate[:10] == pytest.approx([2.0 * (i + 1) / 10 for i in range(10)])
     assert rate[10:] == pytest.approx([1 + math.cos(math.pi * i / 90) for i in range(90)])
-    assert ddp.learning_rate(0, 100, 2.0, 0.0) == 2.0 and ddp.learning_rate(0, 1, 2.0, 0.1) == 2.0
+    assert ddp_utils.learning_rate(0, 100, 2.0, 0.0) == 2.0 and ddp_utils.learning_rate(0, 1, 2.0, 0.1) == 2.0
 
 
 @pytest.mark.parametrize("n, size", [(10, 3), (12, 4), (2, 8), (1, 1)])
 def test_every_epoch_is_a_permutation(n, size):
     per_epoch = math.ceil(n / size)
-    batches = [ddp.batch_rows(n, step, size, seed=1) for step in range(3 * per_epoch)]
+    batches = [ddp_utils.batch_rows(n, step, size, seed=1) for step in range(3 * per_epoch)]
     epochs = [sum(batches[e * per_epoch : (e + 1) * per_epoch], []) for e in range(3)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert n < 10 or epochs[0] != epochs[1]
 
 
 def test_fold_in_gives_distinct_seeds():
-    assert len({ddp.fold_in(a, b, c) for a in range(10) for b in range(10) for c in range(10)}) == 1000
+    assert len({ranks.fold_in(a, b, c) for a in range(10) for b in range(10) for c in range(10)}) == 1000
 
 
 # ------------------------------------------------------------------------------------------------ exactness
@@ -131,9 +133,9 @@ def test_the_loss_is_that_of_the_global_batch(everyone):
     import data
 
     folder = everyone / "llama"
-    rows, _ = data.examples("toy", ddp.load_tokenizer(str(folder)), data=str(everyone / "train.jsonl"))
-    model = ddp.load_model(str(folder)).double()
-    picked = ddp.batch_rows(len(rows), 0, 6, ddp.fold_in(0, 0))
+    rows, _ = data.examples("toy", fsdp.load_tokenizer(str(folder)), data=str(everyone / "train.jsonl"))
+    model = fsdp.load_model(str(folder)).double()
+    picked = ddp_utils.batch_rows(len(rows), 0, 6, ranks.fold_in(0, 0))
     total = n = 0
     for row in (rows[i] for i in picked):
         log_p = model(torch.tensor([row["x"] + row["y"]]), use_cache=False).logits.log_softmax(-1)[0]
@@ -255,9 +257,9 @@ def test_offline_generation_keeps_finished_chunks(tmp_path):
 
     model, tokenizer = tiny.model("llama"), tiny.word_tokenizer()
     with pytest.raises(KeyboardInterrupt):
-        ddp.offline(tmp_path / "D", make, rows, model, tokenizer, chunk=3)
-    done = ddp.offline(tmp_path / "D", lambda some: make(some, crash=False), rows, model, tokenizer, chunk=3)
+        folders.offline(tmp_path / "D", make, rows, model, tokenizer, chunk=3)
+    done = folders.offline(tmp_path / "D", lambda some: make(some, crash=False), rows, model, tokenizer, chunk=3)
     assert seen == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [6, 7, 8], [9]]
     assert [row["z"] for row in done] == [[i] for i in range(10)]
-    again = ddp.offline(tmp_path / "D", None, rows, model, tokenizer)  # finished: read, not made
+    again = folders.offline(tmp_path / "D", None, rows, model, tokenizer)  # finished: read, not made
     assert again.to_list() == done.to_list()

@@ -1,7 +1,7 @@
 """Win rate against the reference by an LLM judge (Tables 1 and 7), with the prompt of appendix A.1.
 
     python evaluate.py run --model runs/bash --task tldr --name bash --out runs/eval/tldr
-    JUDGE_API_KEY=... python judge.py runs/eval/tldr --judge-url https://api.openai.com/v1 --judge-model gpt-4-turbo
+    JUDGE_API_KEY=... python tools/judge.py runs/eval/tldr --judge-url https://api.openai.com/v1 --judge-model gpt-4
 
 The judge is any OpenAI-compatible endpoint. Each verdict is appended to a file at once, so an interrupted command goes
 on without asking (and paying) twice. The win rate goes into the results.json of `evaluate.py run`, for its table.
@@ -27,6 +27,7 @@ import math
 import os
 import random
 import re
+import sys
 import threading
 import time
 import urllib.error
@@ -36,11 +37,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from whatever folder this is called
 import data
-import ddp_utils as ddp
+from folders import write_json
+from lib.flags import count, new_parser, number
+from lib.ranks import cli, first_line, fold_in, print0
+from lib.rows import read
 
 PROMPT = """\
 Which of the following summaries does a better job of summarizing the most important points in the given forum post, \
@@ -118,7 +122,7 @@ class Judge:
                     raise Unanswered(f"{why} (asks to wait {after:.0f} s)", final=True) from None
                 self.not_before = max(self.not_before, time.monotonic() + after)
             except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no JSON, or no answer in it
-                why = self.hide(ddp.first_line(getattr(error, "reason", None) or error))
+                why = self.hide(first_line(getattr(error, "reason", None) or error))
                 why = "timed out" if isinstance(error, TimeoutError) else why
             if attempt < self.retries:
                 self.pause(max(after, min(60, self.wait * 2**attempt) * random.uniform(0.5, 1)))
@@ -218,7 +222,7 @@ def ask_all(judge: Judge, questions: list[dict], keep: Callable[[dict, str], Non
         wait()
     except KeyboardInterrupt:
         judge.stop.set()
-        ddp.print0("stopping: waiting for the answers under way (Ctrl-C again: leave them)")
+        print0("stopping: waiting for the answers under way (Ctrl-C again: leave them)")
         wait()
         raise
     if broken:
@@ -231,9 +235,11 @@ def summaries(path: Path, t: float | None, limit: int) -> tuple[list[dict], Path
 
     path: OUT of `evaluate.py run --task tldr`, or a .jsonl file as `generate.py` writes it (prompt, reference and
     responses, or response). Raises ValueError naming the file and row."""
+    from datasets import load_from_disk
+
     if path.is_file():
         rows = []
-        for i, row in enumerate(data.read(str(path))):
+        for i, row in enumerate(read(str(path))):
             texts = row.get("responses", [row["response"]] if "response" in row else None)
             post, reference = row.get("post", row.get("prompt")), row.get("reference")
             for name, value in (("prompt", post), ("reference", reference)):
@@ -260,7 +266,7 @@ def summaries(path: Path, t: float | None, limit: int) -> tuple[list[dict], Path
         raise ValueError(f"{path}: --temperature must name one of its generations; there are {named}")
     truth = {row["id"]: row for row in data.load_rows(task, source, split, columns)}
     rows = []
-    for row in datasets.load_from_disk(str(path / f"generations-t{t:g}")).to_list()[: limit or None]:
+    for row in load_from_disk(str(path / f"generations-t{t:g}")).to_list()[: limit or None]:
         if row["id"] not in truth:
             raise ValueError(f"{path}: row {row['id']} is not in the data any more")
         true = truth[row["id"]]
@@ -274,7 +280,7 @@ def questions_of(rows: list[dict], model: str, options: dict, seed: int) -> list
     made = []
     for row in rows:
         for sample, text in enumerate(row["responses"]):
-            ours = "AB"[ddp.fold_in(seed, row["id"], sample) % 2]
+            ours = "AB"[fold_in(seed, row["id"], sample) % 2]
             pair = [text.strip(), row["reference"].strip()]
             a, b = pair if ours == "A" else pair[::-1]
             prompt = PROMPT.format(post=row["post"].strip(), a=a, b=b)
@@ -308,8 +314,8 @@ def read_verdicts(path: Path) -> dict[str, dict]:
     if text and not text.endswith(b"\n"):
         with open(path, "r+b") as file:
             file.truncate(text.rfind(b"\n") + 1)
-        ddp.print0(f"{path}: the last line was cut short, and is left out")
-    found = data.read(str(path))
+        print0(f"{path}: the last line was cut short, and is left out")
+    found = read(str(path))
     for i, row in enumerate(found):
         if not (isinstance(row.get("key"), str) and isinstance(row.get("answer"), str)):
             raise ValueError(f"{path}, line {i + 1}: not a verdict; choose another --out")
@@ -353,7 +359,7 @@ def judge(args: argparse.Namespace) -> None:
             raise ValueError(f"{path}: another judge is writing there") from None
         verdicts = read_verdicts(path)
         todo = list({q["key"]: q for q in questions if not q["empty"] and q["key"] not in verdicts}.values())
-        ddp.print0(f"{len(questions)} questions, {len(todo)} to ask; verdicts in {path}")
+        print0(f"{len(questions)} questions, {len(todo)} to ask; verdicts in {path}")
 
         def keep(question: dict, answer: str) -> None:
             row = {name: question[name] for name in ("key", "id", "sample", "model_is")} | {"answer": answer}
@@ -376,13 +382,13 @@ def judge(args: argparse.Namespace) -> None:
         )
     if found["win_rate"] is None:
         raise ValueError(f"none of the {found['unparsed']} answers in {path} could be parsed: no win rate")
-    ddp.write_json(path.with_suffix(".json"), found)
+    write_json(path.with_suffix(".json"), found)
     results, t = Path(args.path) / "results.json", path.stem.removeprefix("verdicts-t")
     if not args.out and not args.limit and results.exists():  # into the table
         old = json.loads(results.read_text())
         old["metrics"][f"win_rate_t{t}"] = found["win_rate"]
         old["details"][f"win_rate_t{t}"] = {name: value for name, value in found.items() if name != "judge"}
-        ddp.write_json(results, old | {"judge": {"model": args.judge_model, "options": args.judge_options}})
+        write_json(results, old | {"judge": {"model": args.judge_model, "options": args.judge_options}})
     print(
         f"win rate {found['win_rate']:.1%} ± {found['standard_error']:.1%} against the reference "
         f"({found['wins']} of {found['wins'] + found['losses']}, {found['empty']} of them empty); "
@@ -402,26 +408,25 @@ def options(text: str) -> dict:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = new_parser(__doc__)
     parser.add_argument("path", help="the --out of `run --task tldr`, or a .jsonl file of generate.py")
     parser.add_argument(
         "--judge-url", required=True, help="OpenAI-compatible, e.g. http://localhost:8000/v1; JUDGE_API_KEY"
     )
     parser.add_argument("--judge-model", required=True)
     parser.add_argument("--judge-options", type=options, default={}, help="of the request, e.g. '{\"temperature\": 0}'")
-    parser.add_argument("--judge-timeout", type=ddp.number(0.01), default=120, help="seconds for one answer")
-    parser.add_argument("--judge-retries", type=ddp.count, default=6)
-    parser.add_argument("--concurrency", type=ddp.number(1, 1000, int), default=8, help="questions asked at a time")
+    parser.add_argument("--judge-timeout", type=number(0.01), default=120, help="seconds for one answer")
+    parser.add_argument("--judge-retries", type=count, default=6)
+    parser.add_argument("--concurrency", type=number(1, 1000, int), default=8, help="questions asked at a time")
     parser.add_argument(
         "--skip-failed", action="store_true", help="a win rate without the questions that got no answer"
     )
-    parser.add_argument("--temperature", type=ddp.number(0), help="of the generations, where `run` made several")
-    parser.add_argument("--limit", type=ddp.count, default=0, help="only the first N rows (0: all)")
-    parser.add_argument("--seed", type=ddp.count, default=0, help="of the order of A and B")
+    parser.add_argument("--temperature", type=number(0), help="of the generations, where `run` made several")
+    parser.add_argument("--limit", type=count, default=0, help="only the first N rows (0: all)")
+    parser.add_argument("--seed", type=count, default=0, help="of the order of A and B")
     parser.add_argument("--out", help="the .jsonl file of verdicts (default: beside what is judged)")
     judge(parser.parse_args())
 
 
 if __name__ == "__main__":
-    ddp.cli(main)
+    cli(main)

@@ -1,0 +1,248 @@
+"""The one batch layout of this repository, and the training pass over it.
+
+    b = batch(x, y, device)                         # [ left-padded prompt | right-padded response ]
+    logits = response_logits(model, b)              # [B, L, V], ready for any loss here
+    loss_sum, n = sft_loss(logits, b.y, b.mask)
+    sums = losses(model, x, {"sft": (sft_loss, y, y), "bash": (bash_loss, y_hat, y)})   # the same sums, for training
+
+Prompts are padded on the left, so that all responses start in one column: what predicts them is the logits' last L
+columns (`logits_to_keep`), and the prompt gets none. Attention mask and position ids are always passed, and come from
+lengths: a pad id that is also EOS, or a word of the text, does no harm.
+
+Needs nothing but torch. `losses` is the fast path, `losses_by_definition` what it computes; tests compare the two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+Rows = list[list[int]]  # token ids, one list a row
+
+
+def length(row: dict) -> int:
+    """Tokens in all of a row's sequences."""
+    return sum(len(value) for value in row.values() if isinstance(value, list))
+
+
+# ---------------------------------------------------------------------------------------------- batches
+@dataclass
+class Batch:
+    """[ left-padded prompt | right-padded response ], without the last response token, which nothing follows."""
+
+    input_ids: torch.Tensor  # [B, P + L - 1]
+    attention_mask: torch.Tensor  # [B, P + L - 1]
+    position_ids: torch.Tensor  # [B, P + L - 1]
+    y: torch.Tensor  # [B, L]  the response, 0 where padded
+    mask: torch.Tensor  # [B, L]  bool, True on the response's tokens
+
+
+def pad_responses(responses: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids [B, L] and their bool mask [B, L], L >= 1. Masks come from lengths: pad may be EOS."""
+    length = max(1, max(map(len, responses)))
+    ids = torch.tensor([[*y, *[0] * (length - len(y))] for y in responses], dtype=torch.long, device=device)
+    sizes = torch.tensor([len(y) for y in responses], device=device)
+    return ids, torch.arange(length, device=device) < sizes[:, None]
+
+
+def batch(prompts: list[list[int]], responses: list[list[int]], device: torch.device | str = "cpu") -> Batch:
+    """Pads B prompts and responses (token ids) into the layout. An empty response gives a row without loss tokens.
+
+    Example: x = [[5, 6, 7], [8]], y = [[1, 2], [3, 4]] gives
+        input_ids      5 6 7 1      attention_mask 1 1 1 1      position_ids 0 1 2 3      y 1 2
+                       0 0 8 3                     0 0 1 1                   0 0 0 1        3 4
+    """
+    width = max(map(len, prompts))
+    y, mask = pad_responses(responses, device)
+    x = torch.tensor([[*[0] * (width - len(x)), *x] for x in prompts], dtype=torch.long, device=device)
+    sizes = torch.tensor([len(x) for x in prompts], device=device)
+    x_mask = torch.arange(width, device=device) >= width - sizes[:, None]
+    attention_mask = torch.cat([x_mask, mask], dim=1)[:, :-1].long()
+    return Batch(
+        input_ids=torch.cat([x, y], dim=1)[:, :-1],
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        y=y,
+        mask=mask,
+    )
+
+
+def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """logits [B, L, V]: logits[:, j] predicts response token j. One teacher-forced pass; the prompt gets no logits."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=batch.y.shape[1],
+    ).logits
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: torch.nn.Module, prompts: Rows, responses: Rows, batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """The logits [B, L, V] of p(. | prompt, response^{<j}), with the numbers of the rows that they belong to; some rows
+    at a time, those of like length together."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))  # little padding in a batch
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        b = batch([prompts[i] for i in some], [responses[i] for i in some], model.device)
+        yield some, response_logits(model, b)
+
+
+# ---------------------------------------------------------------------------------------------- training passes
+CHUNK = 2**26  # logits made at a time: 256 MB in float32
+
+
+def losses_by_definition(model: torch.nn.Module, x: Rows, terms: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    """What `losses` computes, plainly: a forward pass for each term, with the logits of whole responses."""
+    sums = {}
+    for name, (loss, given, *targets) in terms.items():
+        b = batch(x, given, model.device)
+        targets = [pad_responses(rows, model.device)[0] for rows in targets]  # [B, L] each
+        sums[name] = loss(response_logits(model, b), *targets, b.mask)[0]
+    return sums
+
+
+def losses(
+    model: torch.nn.Module, x: Rows, terms: dict[str, tuple], share_prompt: bool = False
+) -> dict[str, torch.Tensor]:
+    """The sums of one or more losses over a micro-batch, from one forward pass: {name: float32 scalar}.
+
+    x: B prompts. terms: {name: (loss, given, *targets)}, where given and targets are B rows of token ids. The model
+    reads given after x, and loss(logits, *targets, mask) gets the logits that predict each of its tokens. (All losses
+    may also return a vector of sums, each of the same length.)
+
+    Equal to `losses_by_definition`, except for rounding, and cheaper:
+    - one pass for all terms; rows with nothing given are left out (but one: other ranks wait for this one's pass);
+    - [B, L, V] never exists: logits are made where there is a token to predict, CHUNK at a time (and once more for the
+      backward, where it takes several chunks);
+    - share_prompt: x is read once, followed by all terms' tokens, which do not see each other.
+    Raises ValueError where share_prompt does not work with the model.
+    """
+    inputs, parts = lay_out(model, x, terms, share_prompt)
+    size = max(1, CHUNK // model.config.get_text_config().vocab_size)
+
+    def sums(output: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor) -> torch.Tensor:
+        """[terms], by logits = output(source[row, column])."""
+        return torch.stack([in_chunks(loss, output, source[tuple(place)], t, size) for loss, place, t in parts])
+
+    # The losses are computed inside of the model's forward, in the place of its output matrix, and handed on as if they
+    # were the logits. A plainer way, hidden = model.base_model(...) and then logits = head(hidden[at]), is not as
+    # good: under FSDP2 only a call of the whole model gathers the head's weights; and a model that changes its logits
+    # behind the head (Gemma 2 caps them, Granite and Cohere scale them) would be trained on wrong ones without a word.
+    # Here that is seen: what comes out of the model is then not what the head gave.
+    made = None
+    if not getattr(model, "changes_logits", False):
+        head = model.get_output_embeddings()
+        plain = head.forward
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:  # [B, S, d], at the door of the output matrix
+            nonlocal made
+            made = sums(plain, hidden)
+            return made
+
+        head.forward = forward
+        try:
+            model.changes_logits = model(**inputs, use_cache=False).logits is not made
+        finally:
+            del head.forward
+    if model.changes_logits:  # then only whole logits will do
+        made = sums(lambda logits: logits, model(**inputs, use_cache=False).logits)
+    return dict(zip(terms, made, strict=True))
+
+
+def lay_out(
+    model: torch.nn.Module, x: Rows, terms: dict[str, tuple], share_prompt: bool
+) -> tuple[dict[str, torch.Tensor], list[tuple[Callable, torch.Tensor, list[torch.Tensor]]]]:
+    """The model's inputs for the one pass of `losses`; and for each term its loss, where in the pass its N tokens are
+    predicted (row and column, [2, N]), and its targets, [N] each."""
+    given = [term[1] for term in terms.values()]
+    if share_prompt and len(given) > 1:  # a row of the pass: the (term, example) pairs that follow one prompt
+        groups = [[(k, i) for k in range(len(given))] for i in range(len(x)) if any(rows[i] for rows in given)]
+    else:
+        groups = [[(k, i)] for k, rows in enumerate(given) for i in range(len(x)) if rows[i]]
+    groups = groups or [[(0, 0)]]
+    inputs, columns = pack([x[group[0][1]] for group in groups], [[given[k][i] for k, i in g] for g in groups], model)
+    at: list[list[tuple[int, int]]] = [[] for _ in terms]  # of each term: row and column that predict each token
+    order: list[list[int]] = [[] for _ in terms]  # ... and the examples that these belong to
+    for b, group in enumerate(groups):
+        for places, (k, i) in zip(columns, group, strict=True):
+            at[k] += [(b, column) for column in places[: len(given[k][i])]]
+            order[k].append(i)
+    parts = []
+    for (loss, _, *targets), places, examples in zip(terms.values(), at, order, strict=True):
+        flat = [torch.tensor([token for i in examples for token in rows[i]], device=model.device) for rows in targets]
+        parts.append((loss, torch.tensor(places, device=model.device).long().view(-1, 2).T, [t.long() for t in flat]))
+    return inputs, parts
+
+
+def in_chunks(
+    loss: Callable, output: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: list, size: int
+) -> torch.Tensor:
+    """The sum of loss over tokens, hidden [N, d] and targets [N], with the logits of `size` of them at a time."""
+
+    def one(hidden: torch.Tensor, *targets: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(targets[0])
+        return loss(output(hidden)[None], *(target[None] for target in targets), mask[None])[0]
+
+    if len(hidden) <= size:
+        return one(hidden, *targets)
+    again = functools.partial(checkpoint, one, use_reentrant=False, preserve_rng_state=False)
+    return sum(again(*pieces) for pieces in zip(*(tensor.split(size) for tensor in (hidden, *targets)), strict=True))
+
+
+def pack(
+    prompts: Rows, segments: list[Rows], model: torch.nn.Module
+) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    """Each prompt followed by its segments, each of which sees the prompt and itself -> the model's inputs, and for
+    each segment the columns that predict its tokens (the prompt's last, then its own; its last token is not read).
+
+    Example: prompts [[5, 6], [8]] with segments [[1, 2], [3, 4, 7]] and [[9, 9], [2]] gives
+        input_ids  5 6 1 3 4    position_ids  0 1 2 2 3    and a 4-D mask by which 1 does not see 3 and 4, and so on
+                   0 8 9 0 0                  0 0 1 1 2    columns  [1, 2, ...] and [1, 3, 4, ...]
+    """
+    width = max(map(len, prompts))
+    widths = [max(max(len(row[s]) for row in segments) - 1, 0) for s in range(len(segments[0]))]
+    starts = [width + sum(widths[:s]) for s in range(len(widths) + 1)]
+    ids, position, real = torch.zeros(3, len(prompts), starts[-1], dtype=torch.long)  # [B, S] each
+    for b, (prompt, row) in enumerate(zip(prompts, segments, strict=True)):
+        n = len(prompt)
+        for start, tokens, first in [(width - n, prompt, 0), *((at, t[:-1], n) for at, t in zip(starts, row))]:
+            place = slice(start, start + len(tokens))
+            ids[b, place] = torch.tensor(tokens, dtype=torch.long)
+            position[b, place] = torch.arange(first, first + len(tokens))
+            real[b, place] = 1
+    mask = real
+    if len(widths) > 1:
+        mask = mask_4d(real.bool(), position, starts, model)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+    # the column that predicts token j: the prompt's last for j = 0, then the segment's own
+    columns = [[width - 1, *range(start, end)] for start, end in zip(starts, starts[1:])]
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}, columns
+
+
+def mask_4d(real: torch.Tensor, position: torch.Tensor, starts: list[int], model: torch.nn.Module) -> torch.Tensor:
+    """The mask [B, 1, S, S] of `pack`: a token sees its prompt, and its own segment up to itself."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["by its window"])
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"--share-prompt needs 4-D attention masks, which {config._attn_implementation} does not take")
+    if len(kinds) > 1 or not kinds <= {"by its window", "full_attention", "sliding_attention"}:
+        raise ValueError(f"--share-prompt: this model's layers differ in what they see ({', '.join(sorted(kinds))})")
+    column = torch.arange(real.shape[1])
+    segment = torch.bucketize(column, torch.tensor(starts[:-1]), right=True)  # [S], 0 in the prompt, then 1, 2, ...
+    seen = (segment[None] == 0) | (segment[None] == segment[:, None])  # [S, S], query by key
+    seen = (seen & (column[None] <= column[:, None])) & real[:, None]  # [B, S, S]
+    window = getattr(config, "sliding_window", None)
+    if window and kinds != {"full_attention"}:
+        seen &= position[:, :, None] - position[:, None] < window
+    seen |= torch.eye(len(column), dtype=torch.bool)  # padding must see something: itself
+    if config._attn_implementation == "eager":  # there a mask is added to the scores
+        return torch.zeros(seen.shape).masked_fill(~seen, -1e30)[:, None]
+    return seen[:, None]

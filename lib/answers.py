@@ -1,0 +1,124 @@
+"""Answers and how good they are: what a text answers, whether two answers are the same, pass@k and majority votes.
+
+    gsm8k_answer("... #### 1,234")      "1234"            math_equal("0.5", r"\\frac12")      True
+    pass_at_k(n=16, c=4, k=8)           is one of 8 right, estimated from 16 of which 4 are
+
+Pure functions of text and numbers: they can be copied out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import statistics
+from collections.abc import Callable
+from types import ModuleType
+
+from lib.ranks import first_line
+
+
+def optional(module: str, package: str) -> ModuleType:
+    """A module of an optional package. Raises ValueError, with the pip command, where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"this needs {package} ({first_line(error)}): pip install {package}") from None
+
+
+# ---------------------------------------------------------------------------------------------- what a text answers
+def gsm8k_answer(text: str) -> str | None:
+    """The number behind the first `#### `, without commas; None where there is none. Compared as a string."""
+    found = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    return found.group(1).replace(",", "") if found else None
+
+
+def gsm8k_flexible(text: str) -> str | None:
+    """The last number in a text, less $, commas and a last point: lm-evaluation-harness's flexible-extract."""
+    found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
+    return found[-1].replace("$", "").replace(",", "").removesuffix(".") if found else None
+
+
+def math_answer(text: str) -> str | None:
+    """What stands in the last \\boxed{} or \\fbox{}, or behind `\\boxed `; None if there is none or it never closes."""
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+)", text))
+    if not boxes:
+        return None
+    inside = text[boxes[-1].end() :]
+    if not boxes[-1].group(1):
+        return re.match(r"[^$\n]*", inside).group().strip() or None
+    depth = 1
+    for brace in re.finditer(r"\\[\\{}]|[{}]", inside):  # an escaped brace is a symbol
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        if not depth:
+            return inside[: brace.start()].strip()
+    return None
+
+
+def math_normal(answer: str) -> str:
+    """One spelling for the ways to write an answer of MATH, after hendrycks/math: no spaces, units, degrees, dollar or
+    percent signs, \\left or \\right; \\frac{1}{2} for \\dfrac12, \\tfrac{1}2, 1/2 and 0.5; \\sqrt{3} for \\sqrt3."""
+    s = re.sub(r"(?<!\\)\\[!,;: ]", "", answer)  # spacing
+    s = re.sub(r"\\[dt]frac", r"\\frac", s)
+    s = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\^\{?\\circ\}?|\\?[$%]", "", s).strip().rstrip(".")
+    s = re.sub(r"(?<=.)\\(?:text|mbox)\{\s[^{}]*\}(?:\^\{?\d\}?)?$", "", s)  # 5 \text{ cm}^2
+    s = re.sub(r"^\\text\{([^{}]*)\}$", r"\1", s)  # \text{Evelyn}
+    s = re.sub(r"^[a-zA-Z]{1,2}\s*=", "", s)  # x = 5
+    s = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", s)  # .5
+    s = re.sub(r"\\sqrt\s*(\\[a-zA-Z]+|[^\s{\[\\])", r"\\sqrt{\1}", s)
+    argument = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\\[a-zA-Z]+|[^\s{}\\]))"  # {...}, \pi or one character
+    s = re.sub(rf"\\frac{argument}{argument}", r"\\frac{\1\2}{\3\4}", s)
+    s = re.sub(r"^(-?)([0-9]+)\s*/\s*([0-9]+)$", r"\1\\frac{\2}{\3}", s)
+    s = "".join(s.split())
+    s = s.replace(",", "") if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", s) else s  # 1,234
+    return "\\frac{1}{2}" if s == "0.5" else s
+
+
+def math_equal(a: str | None, b: str | None) -> bool:
+    """Are two answers of MATH the same once normalised? No answer equals nothing."""
+    return bool(a and b and math_normal(a)) and math_normal(a) == math_normal(b)
+
+
+def math_verified(a: str | None, b: str | None) -> bool:
+    """The same by Hugging Face's math-verify, which parses both (a = b in value); `--math-verify`."""
+    package = optional("math_verify", "math-verify")
+    if a is None or b is None:
+        return False
+    a, b = (package.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (a, b))
+    return bool(package.verify(b, a, timeout_seconds=None))
+
+
+def same(a: str | None, b: str | None) -> bool:
+    return a is not None and a == b
+
+
+# ---------------------------------------------------------------------------------------------- of several samples
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): is one of k right, estimated without bias from n samples of which c are right."""
+    if not (1 <= k <= n and 0 <= c <= n):
+        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, not n={n}, c={c}, k={k}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(answers: list[str | None], equal: Callable[[str, str], bool] = same) -> str | None:
+    """The most frequent answer, by `equal`; of several the one that came first. None has no vote."""
+    votes: list[list] = []  # [answer, how many], in order of first occurrence
+    for answer in answers:
+        if answer is not None:
+            group = next((group for group in votes if equal(group[0], answer)), None)
+            if group:
+                group[1] += 1
+            else:
+                votes.append([answer, 1])
+    return max(votes, key=lambda group: group[1])[0] if votes else None
+
+
+def of_several(answers: list[list[str | None]], right: list[list[bool]], equal: Callable, k: int) -> dict[str, float]:
+    """pass@k (from all samples, unbiased) and maj@k (of the first k), in the mean over problems."""
+    most = [majority(row[:k], equal) for row in answers]
+    return {
+        "pass": statistics.fmean(pass_at_k(len(goods), sum(goods), k) for goods in right),
+        "maj": statistics.fmean(
+            best is not None and goods[row.index(best)] for best, row, goods in zip(most, answers, right, strict=True)
+        ),
+    }

@@ -1,0 +1,240 @@
+"""The model on the ranks: loaded once, sharded by FSDP2, and made whole again to generate.
+
+    model = load_model("runs/sft", "bfloat16")         # one process: a plain model; several: sharded over them
+    with inference(model): ...                          # no gradients, and ranks may run different numbers of forwards
+
+FSDP2 (`fully_shard`) cuts every weight into one piece a rank. Before a block computes, its pieces are gathered from all
+ranks; after it, they are dropped again. Each rank so holds 1/WORLD of weights, gradients and moments, and one or two
+whole blocks at a time. What has to be known to use it rightly stands where it matters, below.
+
+Master weights are float32; --dtype bfloat16 computes in bf16 and reduces gradients in float32. The model stays in eval
+mode: dropout is off in training, too, as in the code that the paper builds on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from lib.ranks import BACKEND, RANK, WORLD, all_sum, first_line, init, print0
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+# ---------------------------------------------------------------------------------------------- loading
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name. Raises OSError in one line."""
+    from transformers import AutoTokenizer
+
+    if not path.strip():
+        raise ValueError("--model is empty: give a folder or a hub name")
+    local = path.count("/") > 1 or path.startswith((".", "/")) or os.path.isdir(os.path.dirname(path))
+    if not os.path.isdir(path) and (local or os.path.exists(path)):  # else it is a hub name
+        raise FileNotFoundError(f"--model {path}: no such folder")
+    expected = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in expected):
+        raise OSError(f"--model {path}: not a model's folder, there is no config.json in it")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a missing or broken tokenizer shows as OSError, ValueError, TypeError or ImportError
+        raise OSError(f"--model {path}: no tokenizer could be loaded ({first_line(error)})") from None
+
+
+def load_model(
+    path: str, dtype: str = "float32", *, shard_size: int = 0, lock_step: bool = False,
+    recompute: bool = False, compile: bool = False,
+) -> torch.nn.Module:  # fmt: skip
+    """A causal language model on this rank's device, sharded over the ranks where there are several. Raises OSError.
+
+    The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments),
+    by rank 0 alone: the others never hold a whole model. shard_size, lock_step: see `shard` and `inference`. recompute:
+    activation checkpointing of each block; compile: torch.compile of each block; both in training passes only.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = init()
+    if shard_size and WORLD % shard_size:
+        raise ValueError(f"--shard {shard_size} does not divide the {WORLD} processes")
+    config, whole = read_weights(path)
+    model = whole
+    if WORLD > 1 or dtype != "float32":
+        with torch.device("meta"):  # shapes without memory: `fill` brings the values, once it is known who holds what
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Both wrap a block's forward, so they come before fully_shard: FSDP's gathering must stand outside of them. A block
+    # that gathered inside of its recomputation would gather a second time, and in an order that ranks may not share.
+    if compile:
+        in_training(model, functools.partial(torch.compile, dynamic=True))
+    if recompute:
+        from torch.utils.checkpoint import checkpoint
+
+        # without dropout there is no random state to keep
+        plain = {"use_reentrant": False, "preserve_rng_state": False}
+        in_training(model, lambda forward: functools.partial(checkpoint, forward, **plain))
+    if model is whole:
+        return model.eval().to(device)
+    model.lock_step = lock_step
+    return fill(shard(model.eval(), dtype, shard_size), whole)
+
+
+def read_weights(path: str) -> tuple[object, torch.nn.Module | None]:
+    """The config of a model folder or hub name and, on rank 0, the whole model in float32. Raises OSError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if "MaskedLM" in str(config.architectures):
+            raise ValueError(f"{config.model_type} is a masked language model; a causal one is needed")
+        if RANK:
+            return config, None
+        how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        whole, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **how)
+        wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+        if wrong:  # transformers would go on with random ones
+            named = f"{', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}"
+            raise ValueError(f"{len(wrong)} weights are missing or not of the shape in config.json: {named}")
+        if info["unexpected_keys"]:
+            first = min(info["unexpected_keys"])
+            print0(f"{len(info['unexpected_keys'])} weights in {path} are not used, first: {first}")
+        return config, whole
+    except Exception as error:
+        raise OSError(f"--model {path}: could not be loaded ({first_line(error)})") from None
+
+
+def model_of(args: argparse.Namespace) -> torch.nn.Module:
+    """The model that the flags of a command name."""
+    training = {"recompute": "activation_checkpointing", "compile": "compile"}  # flags of the stages alone
+    training = {name: getattr(args, flag, False) for name, flag in training.items()}
+    return load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step, **training)
+
+
+# ---------------------------------------------------------------------------------------------- sharding
+def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks: transformers names their classes for every architecture."""
+    names = set(model._no_split_modules or [])
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def in_training(model: torch.nn.Module, wrap: Callable[[Callable], Callable]) -> None:
+    """Wraps the forward of each block in passes with gradients; decoding, with its cache, keeps the plain one."""
+    for block in blocks(model):
+
+        def forward(*args: object, plain: Callable, wrapped: Callable, **kwargs: object) -> object:
+            return (wrapped if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+        block.forward = functools.partial(forward, plain=block.forward, wrapped=wrap(block.forward))
+
+
+def shard(model: torch.nn.Module, dtype: str = "float32", size: int = 0) -> torch.nn.Module:
+    """FSDP2: each transformer block a group of weights that is gathered at once, then the root, which takes the rest.
+
+    size: HSDP, replicas of shards of so many ranks (0: one shard over all; 1: whole replicas)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    size = size or WORLD
+    device = init().type
+    if not dist.is_initialized():  # bf16 on one device: the same mixed-precision policy, on a group of one
+        dist.init_process_group(BACKEND[device], store=dist.HashStore(), rank=0, world_size=1)
+    names = ("replicate", "shard")
+    mesh = dist.init_device_mesh(device, (WORLD // size, size), mesh_dim_names=names)
+    options = {
+        "mesh": mesh if size < WORLD else mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
+    }
+    # From the inside out: what a call finds already sharded it leaves alone. The embeddings and the output matrix stay
+    # with the root, since tied ones are one weight: in two groups it would be two, each with half of the gradient.
+    for block in blocks(model):
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def fill(model: torch.nn.Module, whole: torch.nn.Module | None) -> torch.nn.Module:
+    """Gives a sharded model on the meta device the weights of rank 0's whole one."""
+    from torch.distributed.checkpoint import state_dict as dcp_state
+
+    model.to_empty(device=init())  # memory, but no values yet
+    # Each rank gets its pieces from rank 0, weight by weight: no other rank ever holds a whole model.
+    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    dcp_state.set_model_state_dict(model, whole.state_dict() if whole else {}, options=options)
+    # RoPE's inv_freq is a buffer that is in no state dict: after to_empty it would be garbage, without any error.
+    source = dict(whole.named_buffers()) if whole else {}
+    for name, buffer in model.named_buffers():
+        if whole:
+            buffer.copy_(source[name])
+        dist.broadcast(buffer, 0)
+    if whole:  # what save_pretrained needs to write the folder as it was read (names, settings)
+        model.generation_config = whole.generation_config
+        model._weight_conversions = getattr(whole, "_weight_conversions", None)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- generating
+@contextlib.contextmanager
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    """no_grad; and inside, the ranks of a sharded model may run different numbers of forwards.
+
+    A forward of a sharded model is a collective: a rank that ran fewer would leave the others waiting for ever. So each
+    rank gathers all weights once and holds them meanwhile. Or, with --lock-step, they stay sharded, and a rank that is
+    done joins in the others' forwards.
+
+    Never between a backward and its optimiser step: the root keeps its gathered weights until its next backward, so
+    the forward after the step would compute with those from before it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    together = bool(parts) and getattr(model, "lock_step", False)
+    for part in [] if together else parts:  # each by itself: neither call reaches the parts inside
+        part.set_reshard_after_forward(False, recurse=False)  # else the first forward would drop the weights again
+        part.unshard()
+
+    def busy(one: int = 1) -> int:
+        """How many ranks are about to run a forward."""
+        return int(all_sum(torch.tensor(one, device=model.device)))
+
+    # before FSDP's own hook, so that the collectives come in one order on all ranks
+    hook = model.register_forward_pre_hook(lambda *_: [busy()] and None, prepend=True) if together else None
+    try:
+        with torch.no_grad():  # not inference_mode, whose tensors could not take part in a later backward
+            yield
+            if hook:
+                hook.remove()
+                while busy(0):
+                    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for part in parts:
+            part.reshard()
+            # FSDP's own defaults: blocks drop their weights after a forward, the root keeps them for the backward
+            part.set_reshard_after_forward(part is not model, recurse=False)
+
+
+# ---------------------------------------------------------------------------------------------- does it fit
+def check_fits(model: torch.nn.Module, tokens: int, largest_id: int, what: str) -> None:
+    """Raises ValueError where a sequence of so many tokens, or a token id, would not fit the model."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise ValueError(
+            f"{what} take up to {tokens} tokens, the model has {limit} positions: lower --max-prompt or --max-response"
+        )
+    if largest_id >= model.config.vocab_size:
+        raise ValueError(
+            f"{what} hold token id {largest_id}, the model's vocabulary ends at {model.config.vocab_size - 1}: "
+            "model and tokenizer do not belong together"
+        )
+
+
+def check_rows(model: torch.nn.Module, rows: Dataset, where: str = "", max_new_tokens: int = 0) -> None:
+    """`check_fits` for what a stage reads of each row: x or f(x, y), then y, y_hat, z (RAC's, or DPO's rejected one),
+    z_bar or what will be generated."""
+    for row in rows:
+        responses = [row[name] for name in ("y", "y_hat", "z", "z_bar") if name in row]
+        tokens = max(len(row["x"]), len(row.get("f", []))) + max(max_new_tokens, *map(len, responses))
+        largest = max(max(ids, default=0) for ids in (row["x"], *responses))
+        check_fits(model, tokens, largest, f"{where}row {row['id']}: x and y")

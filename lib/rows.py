@@ -1,0 +1,166 @@
+"""Rows of text from a file or a hub set, and what each says: a prompt and its response.
+
+    rows, source = source_rows("train.jsonl", hub=(), split="train")
+    columns = named("", prompt="question", response="answer")               # which --columns may change
+    found = pairs("gsm8k", rows[0], columns, "train.jsonl, row 0", True)     # [{"prompt": ..., "response": ...}]
+
+Whatever is not as it should be is a ValueError (or OSError) of one line that names the file, the row and the column.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Turns = list[dict[str, str]]  # of a dialogue: {"role": …, "content": …}
+
+
+# ---------------------------------------------------------------------------------------------- files
+def read(path: str) -> list[dict]:
+    """The rows of a local .jsonl, .json (a list) or .parquet file. Raises ValueError naming file and line."""
+    if path.endswith(".parquet"):
+        from datasets import Dataset
+
+        try:
+            return Dataset.from_parquet(path).to_list()
+        except Exception as error:
+            raise ValueError(f"{path}: not a readable parquet file, or without rows ({error})") from None
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            if path.endswith(".json"):
+                rows = json.load(file)
+                if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+                    raise ValueError(f"{path}: a .json file must hold a list of objects")
+                return rows
+            rows = []
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    reason = getattr(error, "msg", error)
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({reason})") from None
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"{path}, line {number}: must be an object with the columns of the task")
+            return rows
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
+
+
+def source_rows(path: str | None, hub: tuple[str, ...], split: str) -> tuple[list[dict] | Dataset, str]:
+    """The rows of a local file, of another hub set, or (path None) of the hub set `hub`; and the source's name."""
+    if path == "":
+        raise ValueError("--data is empty: give a file or a hub set, or leave the flag out")
+    if path and os.path.splitext(path)[1] in (".jsonl", ".json", ".parquet"):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"--data {path}: no such file")
+        rows, source = read(path), path
+    else:
+        if path and os.path.exists(path):
+            raise ValueError(f"--data {path}: must be a .jsonl, .json or .parquet file, or the name of a hub set")
+        import datasets
+
+        name, *configs = (path,) if path else hub
+        source = name
+        try:
+            parts = [datasets.load_dataset(name, config, split=split) for config in configs or [None]]
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            what = f"--data {path}: no such file, and as a hub set it" if path else f"hub set {name} ({split})"
+            raise ValueError(f"{what} could not be loaded: {reason}{'' if path else '; --data takes a file'}") from None
+        rows = datasets.concatenate_datasets(parts)
+    if not len(rows):
+        raise ValueError(f"{source}: no rows")
+    return rows, source
+
+
+# ---------------------------------------------------------------------------------------------- columns
+def named(columns: str, **wanted: str) -> dict[str, str]:
+    """The column of each key, as --columns says, or by default."""
+    for pair in filter(None, columns.split(",")):
+        key, _, value = pair.partition("=")
+        if key not in wanted or not value:
+            raise ValueError(f"--columns {columns}: give it as {','.join(f'{name}=NAME' for name in wanted)}")
+        wanted[key] = value
+    return wanted
+
+
+def pairs(task: str, row: dict, wanted: dict[str, str], where: str, need_response: bool) -> list[dict]:
+    """`prompt` and `response` of a row: once, unless both are the same column and hold a dialogue.
+
+    Then each assistant turn answers the turns before it: [user Why?, assistant So., user And?, assistant No.] gives So.
+    to [Why?], and No. to [Why?, So., And?]. (Where none is needed, and a user turn is last, that is what to answer.)
+    """
+    name, other = wanted["prompt"], wanted["response"]
+    if not isinstance(row.get(name), list):
+        return [one_row(row, wanted, where, need_response)]
+    if task != "ultrachat":
+        raise ValueError(f"{where}: column {name!r} is list, not text; --task ultrachat takes a list of messages")
+    turns = dialogue(row[name], f"{where}, {name}")
+    asks = bool(turns) and turns[-1]["role"] == "user"
+    if name == other and (need_response or not asks):
+        answers = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if not answers:
+            raise ValueError(f"{where}: column {name!r} has no assistant turn; remove the row")
+        return [{"prompt": turns[:k], "response": turns[k]["content"]} for k in answers]
+    if not asks:
+        raise ValueError(f"{where}: column {name!r} must end with a user turn, as it is the prompt")
+    if name == other:
+        return [{"prompt": turns, "response": ""}]
+    if len(turns) > 2 and isinstance(row.get(other), list):  # its first answer is to another question
+        raise ValueError(f"{where}: column {other!r} is list, not text, and the prompt has several turns (--columns)")
+    return [{"prompt": turns} | one_row(row, {"response": other}, where, need_response)]
+
+
+def dialogue(messages: list, where: str) -> Turns:
+    """A list of messages, checked: a system turn (an empty one is none), then user and assistant by turns."""
+    turns: Turns = []
+    for k, message in enumerate(messages):
+        at = f"{where}[{k}]"
+        if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
+            raise ValueError(f"{at}: must be a message (role, content)")
+        role, due = message["role"], "assistant" if turns and turns[-1]["role"] == "user" else "user"
+        if role != due and (role != "system" or turns):
+            raise ValueError(f"{at}: the role is {role!r}, but it is the {due}'s turn")
+        if role != "system" or message["content"]:
+            turns.append({"role": role, **one_row(message, {"content": "content"}, at)})
+    return turns
+
+
+def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool = True) -> dict[str, str]:
+    """`prompt` and `response` of a row, checked. `where` names the row in errors."""
+    texts = {}
+    for key, names in wanted.items():
+        parts = []
+        for name in names.split("+"):
+            if name not in row and key == "response" and not need_response:
+                continue
+            if name not in row:
+                there = ", ".join(row) or "none"
+                raise ValueError(f"{where}: no column {name!r} for the {key}; there are {there} (--columns)")
+            value = row[name]
+            if (key, name) == ("response", "messages") and isinstance(value, list):  # a dialogue: the first answer
+                turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "assistant"]
+                value = turns[0].get("content") if turns else ""
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: column {name!r} is {type(value).__name__}, not text")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                bad = f"column {name!r} is not text at character {error.start} (a lone surrogate)"
+                raise ValueError(f"{where}: {bad}; remove the row") from None
+            if value.strip():
+                parts.append(value)
+        texts[key] = "\n\n".join(parts)
+        if not texts[key] and (key == "prompt" or need_response):
+            raise ValueError(f"{where}: empty {key} (column {names!r}); remove the row")
+    return texts

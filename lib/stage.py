@@ -1,0 +1,99 @@
+"""How a stage begins: its flags, --out, tokenizer, examples and model, in the order in which mistakes are cheapest.
+
+    p = stage.parser(__doc__)                                 # the flags that every stage takes
+    run, examples = stage.start(args, data.load)              # what a loop needs
+    run, examples, pairs = stage.start_with_pairs(args, data.load, ("y", "y_hat"))     # ... or a D_s that is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+import evaluate
+from data import TASKS, Dataset
+from ddp_utils import Run
+from folders import open_out, read_pairs
+from lib.flags import count, data_flags, group, new_parser, number, positive
+from lib.fsdp import check_rows, load_tokenizer, model_of
+from lib.ranks import WORLD, init, print0
+
+
+def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
+    """The flags that every stage takes. doc: the stage's docstring. task: the default of --task, if any."""
+    p = new_parser(doc)
+    for title in ("model", "the paper's", "data"):  # in this order in --help
+        group(p, title)
+    data_flags(p, sorted(TASKS), task)
+    g = group(p, "model")
+    g.add_argument("--out", required=True, help="folder for the model, log.jsonl and args.json")
+    g = group(p, "the paper's")
+    g.add_argument("--batch-size", type=positive, default=512, help="rows in the global batch (Table 5)")
+    g.add_argument("--lr", type=number(0), default=5e-6, help="peak learning rate (Table 5)")
+    g.add_argument("--warmup", type=number(0, 1), default=0.1, help="share of the steps that warm up (Table 5)")
+    g.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm")
+    g.add_argument("--max-steps", type=count, default=0, help="at most so many steps in each phase (0: no limit)")
+    g.add_argument("--seed", type=count, default=0)
+    g = group(p, "machine")
+    g.add_argument("--micro-batch-size", type=positive, default=8, help="rows in one pass of one rank")
+    g.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in the backward")
+    g.add_argument("--compile", action="store_true", help="torch.compile each block's training pass")
+    g = group(p, "while training")
+    g.add_argument("--checkpoint-every", type=count, default=500, help="steps between checkpoints (0: none)")
+    g.add_argument("--eval-every", type=count, default=0, help="steps between looks at held-out rows (0: none)")
+    g.add_argument("--eval-data", help="those rows: a file as for --data (default: the hub set's test split)")
+    g.add_argument("--eval-rows", type=positive, default=64, help="how many of them")
+    return p
+
+
+def start(
+    args: argparse.Namespace,
+    load_examples: Callable[[argparse.Namespace, object], tuple[Dataset, list[str]]],
+    max_new_tokens: int = 0,
+    where: str = "",
+) -> tuple[Run, Dataset]:
+    """Opens --out, then reads tokenizer, examples and model: a mistake in the data shows before the weights are read.
+
+    max_new_tokens: of what the stage will generate after x, and read after f(x, y); where: how the message on a row
+    that does not fit the model begins. Ends the program where the same command has finished before."""
+    init()
+    if not open_out(args):
+        raise SystemExit(0)
+    tokenizer = load_tokenizer(args.model)
+    examples, notes = load_examples(args, tokenizer)
+    for note in notes:
+        print0(note)
+    if len(examples) < WORLD:
+        raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
+    model = model_of(args)
+    check_rows(model, examples, where, max_new_tokens)
+    size = min(args.batch_size, len(examples))
+    accumulation = math.ceil(math.ceil(size / WORLD) / args.micro_batch_size)
+    print0(f"batch {size} = {WORLD} processes x {accumulation} micro-batches of up to {args.micro_batch_size} rows")
+    run = Run(args, model, tokenizer)
+    if args.eval_every:
+        run.watch = evaluate.watch(run)
+    return run, examples
+
+
+def start_with_pairs(
+    args: argparse.Namespace, load_examples: Callable, pair: tuple[str, str], max_new_tokens: int = 0
+) -> tuple[Run, Dataset, Dataset | None]:
+    """As `start`; and the rows of --pairs. Where no phase learns from other rows, they are the examples: --data is not
+    read then."""
+    if args.pairs is None:
+        return *start(args, load_examples, max_new_tokens), None
+    where = f"--pairs {args.pairs}, "
+    if args.iterations == 1 and not args.sft_epochs:
+
+        def load_pairs(args: argparse.Namespace, tokenizer: object) -> tuple[Dataset, list[str]]:
+            rows = read_pairs(args.pairs, pair, tokenizer)
+            return rows, [f"{len(rows)} rows of --pairs {args.pairs}; --data, its limit and its lengths are not used"]
+
+        run, pairs = start(args, load_pairs, where=where)
+        return run, pairs, pairs
+    run, examples = start(args, load_examples, max_new_tokens)
+    pairs = read_pairs(args.pairs, pair, run.tokenizer)
+    check_rows(run.model, pairs, where)
+    return run, examples, pairs

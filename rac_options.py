@@ -1,0 +1,249 @@
+"""RAC beyond the paper: other labels than those of Algorithm 2, and how good labels are. All of it is off by default.
+
+Each option is kept for a reader who would miss it, or for a result that rests on it (docs/toy.md, docs/study.md):
+- --labels topk: where Eq. 7 learns z_bar, learn the distribution that z_bar is the arg max of: its --topk largest
+  probabilities, from the same pass, kept in D_r as top_ids and top_logp. With --unmasked that is on-policy
+  self-distillation with the reference answer as privileged context, which those who come from distillation look for.
+- --kl reverse: theirs, too; see `rac_soft_loss`. On the toy task it halves what RAC loses in sampling.
+- --labels-from start: label with the weights of --model, which this run has not worn yet. z is still the current ones'
+  (OUT/D_z_2, ...). It answers whether training spoils the labels; on the toy task it does not matter.
+- --first-correction-only: of each z learn the first correction alone: the study's test of what later ones teach.
+- --plausible P: keep a correction only where the labelling model, not shown the reference, gives it at least P. What y
+  says next is often no answer to a z that has gone elsewhere; the model can only learn from it to doubt its own words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+import folders
+import toy
+from batches import Rows, pad_responses, teacher_forced
+from data import Dataset
+from ddp_utils import Run
+from lib.flags import group, number, positive
+from lib.fsdp import model_of
+from lib.ranks import RANK, all_sum, print0
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Label precision below which RAC warns: Eq. 7 keeps just the labels that differ from z, whether or not they are right
+# (docs/study.md: with random wrong labels break-even is near 0.8 for greedy accuracy and near 1 for sampling; with a
+# model's own wrong labels greedy accuracy suffered at 0.9, too).
+POOR = 0.9
+# A correction is implausible where the model itself, not shown the reference, gives it less than this probability.
+IMPLAUSIBLE, SAMPLE = 0.01, 200  # measured on so many rows
+SOFT = ("top_ids", "top_logp")  # the columns of --labels topk
+
+
+# ---------------------------------------------------------------------------------------------- flags
+def add_flags(p: argparse.ArgumentParser) -> None:
+    g = group(p, "beyond the paper")
+    g.add_argument("--labels", choices=["hard", "topk"], default="hard", help="z_bar, or the distribution it tops")
+    g.add_argument("--topk", type=positive, help="K of --labels topk (default: 16)")
+    g.add_argument("--kl", choices=["forward", "reverse"], help="of --labels topk (default: forward)")
+    g.add_argument("--labels-from", choices=["current", "start"], default="current", help="whose labels")
+    g.add_argument("--first-correction-only", action="store_true", help="one correction of each z")
+    g.add_argument("--plausible", type=number(0, 1), default=0.0, help="least probability of a correction")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError where flags contradict each other."""
+    if args.unmasked and args.first_correction_only:
+        raise ValueError("--unmasked learns every token, --first-correction-only one: choose")
+    if args.unmasked and args.plausible:
+        raise ValueError("--unmasked learns every label, --plausible leaves some out: choose")
+    if args.labels == "hard" and (args.topk or args.kl):
+        raise ValueError("--topk and --kl are for --labels topk")
+    args.topk = args.topk or 16
+
+
+def check_labels(run: Run, pairs: Dataset | None) -> None:
+    """Raises ValueError where --labels topk does not fit the model, or the rows of --pairs."""
+    args = run.args
+    if args.labels != "topk":
+        return
+    if args.topk > run.model.config.vocab_size:
+        raise ValueError(f"--topk {args.topk}: the model's vocabulary has {run.model.config.vocab_size} tokens")
+    if pairs is not None:
+        k = [len(q) for q in pairs[0]["top_ids"]] if set(SOFT) <= set(pairs.column_names) else []
+        if k != [args.topk] * len(pairs[0]["z"]):
+            raise ValueError(f"--pairs {args.pairs}: was not made with --labels topk --topk {args.topk}")
+
+
+# ---------------------------------------------------------------------------------------------- what a D_r holds
+def corrections(z: Rows, z_bar: Rows) -> int:
+    """Tokens that differ."""
+    return sum(a != b for rows in zip(z, z_bar, strict=True) for a, b in zip(*rows, strict=True))
+
+
+def describe(d_r: Dataset) -> dict[str, float]:
+    """What a D_r holds: the share of tokens corrected, of z equal to y, of rows without any correction."""
+    tokens = corrected = equal = untouched = 0
+    for row in d_r:
+        wrong = corrections([row["z"]], [row["z_bar"]])
+        tokens, corrected = tokens + len(row["z"]), corrected + wrong
+        equal, untouched = equal + (row["z"] == row["y"]), untouched + (wrong == 0)
+    return {
+        "tokens_corrected": corrected / tokens,
+        "z_equals_y": equal / len(d_r),
+        "rows_without_correction": untouched / len(d_r),
+    }
+
+
+def report(d_r: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, path: Path) -> None:
+    """Prints and writes what a D_r holds; on the toy task, where the right labels are known, also how good they are."""
+    found = describe(d_r)
+    if task == "toy" and toy.IDS.items() <= tokenizer.get_vocab().items():
+        found |= toy.label_quality(d_r["y"], d_r["z"], d_r["z_bar"])
+    print0(f"{path.stem}:", ", ".join(f"{key} {value:.4g}" for key, value in found.items() if value is not None))
+    if found.get("precision") is not None and found["precision"] < POOR:
+        print0(
+            f"WARNING: only {found['precision']:.0%} of the labels that Eq. 7 keeps are right; the others teach errors"
+        )
+    if RANK == 0:
+        folders.write_json(path, found)
+
+
+# ---------------------------------------------------------------------------------------------- which corrections
+@dataclass
+class Sift:
+    """What happens to labels as they are made: in a sample of the rows their corrections are counted, those that the
+    model thinks plausible apart; and --plausible leaves out the others."""
+
+    run: Run
+    n: int  # rows of the D_r
+    seen: torch.Tensor = field(init=False)  # corrections in some rows, and the plausible ones among them
+
+    def __post_init__(self) -> None:
+        self.seen = torch.zeros(2, device=self.run.device)
+
+    def __call__(self, model: torch.nn.Module, rows: list[dict]) -> list[dict]:
+        args, every = self.run.args, math.ceil(self.n / SAMPLE)
+        x, z, z_bar = ([row[name] for row in rows] for name in ("x", "z", "z_bar"))
+        some = [column[::every] for column in (x, z, z_bar)]
+        counted = count_plausible(model, *some, args.micro_batch_size)
+        self.seen.add_(torch.tensor(counted, device=self.run.device))
+        if args.plausible:
+            z_bar = plausible_labels(model, x, z, z_bar, args.plausible, args.micro_batch_size)
+        return [row | {"z_bar": kept} for row, kept in zip(rows, z_bar, strict=True)]
+
+    def report(self, name: str) -> None:
+        """Says how many corrections are implausible, where any were counted here. Called by all ranks."""
+        found, plausible = all_sum(self.seen).tolist()
+        if found:
+            share, hint = 1 - plausible / found, ""
+            if share > 0.5 and not self.run.args.plausible:
+                costs = "to learn these costs accuracy in sampling (docs/study.md)"
+                hint = f". WARNING: {costs}; --plausible leaves such ones out"
+            said = f"{share:.0%} of the corrections have a chance under {IMPLAUSIBLE} without the reference"
+            print0(f"{name}: {said}{hint}")
+
+
+def plausible_labels(
+    model: torch.nn.Module,
+    x: list[list[int]],
+    z: list[list[int]],
+    z_bar: list[list[int]],
+    p: float,
+    batch_size: int = 8,
+) -> list[list[int]]:
+    """z_bar^j where p(z_bar^j | x, z^{<j}) >= p; elsewhere z^j, which Eq. 7 masks. One pass over [x, z]."""
+    kept: list[list[int]] = [[] for _ in z]
+    for some, logits in teacher_forced(model, x, z, batch_size):
+        labels, _ = pad_responses([z_bar[i] for i in some], logits.device)  # [B, L]
+        logp = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        for i, row in zip(some, logp.exp().tolist(), strict=True):
+            kept[i] = [label if q >= p else own for label, own, q in zip(z_bar[i], z[i], row)]
+    return kept
+
+
+def count_plausible(
+    model: torch.nn.Module, x: list[list[int]], z: list[list[int]], z_bar: list[list[int]], batch_size: int = 8
+) -> tuple[int, int]:
+    """How many corrections there are, and to how many the model, not shown the reference, gives IMPLAUSIBLE or more."""
+    kept = plausible_labels(model, x, z, z_bar, IMPLAUSIBLE, batch_size)
+    return corrections(z, z_bar), corrections(z, kept)
+
+
+def to_first_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[int]]:
+    """`to_last_correction` for the first one: the mask of Eq. 7 leaves that one alone."""
+    n = min((j + 1 for j in range(len(z)) if z[j] != z_bar[j]), default=0)
+    return z[:n], z_bar[:n]
+
+
+# ---------------------------------------------------------------------------------------------- labels of the start
+def labelled_by_start(
+    run: Run, iteration: int, examples: Dataset, draw: Callable[[list[dict]], list[dict]], label: Callable
+) -> Dataset:
+    """D_r with the current model's z, OUT/D_z_k, and the labels of --model."""
+    name = f"D_r_{iteration}"
+    if (run.out / name).exists():
+        return run.offline(name, draw, examples)
+    drawn = run.offline(f"D_z_{iteration}", draw, examples)
+    # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
+    start = model_of(run.args)
+    return folders.offline(run.out / name, lambda rows: label(start, rows), drawn, start, run.tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- soft labels
+def rac_soft_loss(
+    logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, top_ids: torch.Tensor, top_logp: torch.Tensor,
+    mask: torch.Tensor, masked: bool = True, reverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Eq. 7 (or 6) with a distribution q as target: the K largest probabilities of p(. | f(x, y), z^{<j}).
+
+    Forward: -sum_j 1(z_bar^j != z^j) sum_k q_k log p_k with q renormalised over its K tokens; but for a constant,
+    KL(q || p). Reverse: KL(p || q) over K + 1 outcomes, the K tokens and all others as one (whose probability is taken
+    as 1e-6 where it is less); nothing is renormalised.
+    logits: [B, L, V], p given (x, z^{<j}). z, z_bar, mask: [B, L]. top_ids, top_logp: [B, L, K], log q as stored.
+    Returns (loss_sum, n_tokens), float32 scalars, as rac_loss.
+    """
+    logits, log_q = logits.float(), top_logp.float()
+    log_p = logits.gather(-1, top_ids) - logits.logsumexp(-1, keepdim=True)  # [B, L, K]
+    if reverse:
+        others = [torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6)) for t in (log_p, log_q)]
+        log_p, log_q = torch.cat([log_p, others[0]], -1), torch.cat([log_q, others[1]], -1)  # [B, L, K + 1]
+        each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    else:
+        each = -(log_q.softmax(-1) * log_p).sum(-1)  # [B, L]
+    learn = mask.bool() & (z_bar != z) if masked else mask.bool()
+    return each[learn].sum(), mask.sum().float()
+
+
+def rac_top_labels(
+    model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], k: int, batch_size: int = 8
+) -> list[dict[str, list]]:
+    """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp ([L][k])."""
+    labels: list[dict[str, list]] = [{} for _ in z]
+    for some, logits in teacher_forced(model, reference_prompts, z, batch_size):
+        logits = logits.float()
+        top, ids = logits.topk(k)  # [B, L, k], the largest first
+        logp = top - logits.logsumexp(dim=-1, keepdim=True)
+        for i, ids_i, logp_i in zip(some, ids.tolist(), logp.tolist(), strict=True):
+            n = len(z[i])
+            labels[i] = {"z_bar": [q[0] for q in ids_i[:n]], "top_ids": ids_i[:n], "top_logp": logp_i[:n]}
+    return labels
+
+
+def soft_term(run: Run, rows: list[dict], z: Rows, z_bar: Rows) -> tuple:
+    """The term of losses for rac_soft_loss. Targets there are ids: each token of z brings the number of its q."""
+    args, device = run.args, run.device
+    ids, logp = ([q for row, own in zip(rows, z) for q in row[name][: len(own)]] for name in SOFT)
+    numbers = iter(range(len(ids)))
+    ids = torch.tensor(ids, dtype=torch.long, device=device).view(-1, args.topk)  # [tokens, K]
+    logp = torch.tensor(logp, dtype=torch.float32, device=device).view_as(ids)
+
+    def loss(logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, at: torch.Tensor, mask: torch.Tensor) -> tuple:
+        return rac_soft_loss(logits, z, z_bar, ids[at], logp[at], mask, not args.unmasked, args.kl == "reverse")
+
+    return loss, z, z, z_bar, [[next(numbers) for _ in own] for own in z]
