@@ -140,6 +140,7 @@ TASKS = {
         ("HuggingFaceH4/ultrachat_200k",), ("train_sft", "test_sft"), "prompt", "messages", 1024, 1024,
         x=lambda row, tokenizer, limit: chat(tokenizer, row["prompt"]), f=qa_f,
     ),
+    "sums": Task((), ("train", "test"), "prompt", "response", 256, 256, x=math_x, f=qa_f),
     "gsm8k": Task(("openai/gsm8k", "main"), ("train", "test"), "question", "answer", 512, 512, x=math_x, f=qa_f),
     "math": Task(
         ("EleutherAI/hendrycks_math", *MATH_CONFIGS), ("train", "test"), "problem", "solution", 512, 1024,

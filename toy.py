@@ -2,7 +2,7 @@
 
     python toy.py base   --out out/base [--seed 0]             # trains the base model: an ordinary Hugging Face folder
     python toy.py data   --out out/data [--train 500]          # train.jsonl, valid.jsonl, test.jsonl: prompt, response
-    python toy.py oracle --pairs out/D_r --out out/D_r_oracle  # the same D_r with the right labels: the control row
+    python toy.py data   --out out/data --operands 10 99 --steps 4 6 --top 200    # harder ones, for --task sums
     python toy.py preferences --pairs out/D_r --out out/preferences  # pairs.jsonl for dpo.py: y is preferred to z
     python toy.py bytes  --out out/tiny --text train.jsonl     # a random small model + byte-level BPE, for real text
 
@@ -26,7 +26,6 @@ a target there unless y states it: (2) teaches how to read a reference, not arit
 
 import json
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -39,72 +38,15 @@ from folders import read_pairs
 from lib.flags import new_parser, number, positive
 from lib.ranks import cli
 from lib.rows import read
+from sums import GAINS, LOSSES, NAMES, ORDINALS, THINGS, TOP, add, problem, right_words, sentences_of, splits
 
-NAMES = "amy bob cat dan eve fay gus hal ida joe kim leo mia ned".split()
-THINGS = "eggs books coins cups pens hats cards shells stamps apples keys toys nuts balls".split()
-GAINS = "buys wins finds gets picks earns takes makes".split()
-LOSSES = "gives sells loses drops eats sends breaks spends".split()
-ORDINALS = "first second third fourth".split()
-TOP = 40  # the largest number
 NUMBERS = [str(i) for i in range(TOP + 1)]
 WORDS = "<pad> <eos> <unk> . , : ? = + - #### has again how many does have reference question".split()
 WORDS += ORDINALS + NAMES + THINGS + GAINS + LOSSES + NUMBERS
 IDS = {word: i for i, word in enumerate(WORDS)}
 
 
-# ---- the task ----
-
-
-def add(a: int | str, sign: str, b: int | str) -> int:
-    """The sum (or difference): add("25", "+", 15) is 40."""
-    return int(a) + int(b) if sign == "+" else int(a) - int(b)
-
-
-def problem(rng: random.Random, operands=(2, 15), n_steps=(3, 4), arbitrary=False) -> tuple[list[str], list[str]]:
-    """(x, y) as words. `arbitrary` draws the results at random: an answer that can be read but not calculated."""
-    name, other = rng.sample(NAMES, 2)
-    thing, state = rng.choice(THINGS), rng.randint(0, TOP)
-    gains, losses = rng.sample(GAINS, len(GAINS)), rng.sample(LOSSES, len(LOSSES))
-    x, y = [f"{name} has {state} {thing} ."], [f"{name} has {state} ."]
-    for ordinal in ORDINALS[: rng.randint(*n_steps)]:
-        operand = rng.randint(*operands)
-        sign = rng.choice([sign for sign in "+-" if 0 <= add(state, sign, operand) <= TOP])
-        verb = (gains if sign == "+" else losses).pop()
-        result = rng.randint(0, TOP) if arbitrary else add(state, sign, operand)
-        x.append(f"{ordinal} {name} {verb} {operand} .")
-        total = f"{state} {sign} {operand} = {result}"
-        y.append(f"{ordinal} {verb} {operand} : {total} , again {total} .")
-        state = result
-    if rng.random() < 0.5:  # a sentence about somebody else, to be left out
-        x.insert(rng.randint(1, len(x)), f"{other} {gains.pop()} {rng.randint(*operands)} .")
-    return " ".join(x + [f"how many {thing} does {name} have ?"]).split(), " ".join(y + [f"#### {state}"]).split()
-
-
-def problems(n: int, seed: int | str, operands=(2, 15), n_steps=(3, 4), exclude=(), arbitrary=False) -> list[dict]:
-    """n different problems as {"prompt": x, "response": y}, none of whose prompts is in `exclude`."""
-    rng, rows, seen = random.Random(f"problems {seed}"), [], set(exclude)
-    while len(rows) < n:
-        x, y = (" ".join(words) for words in problem(rng, operands, n_steps, arbitrary))
-        if x not in seen:
-            rows.append({"prompt": x, "response": y})
-            seen.add(x)
-    return rows
-
-
-def splits(train=500, valid=300, test=400, seed=0) -> dict[str, list[dict]]:
-    """The three sets, disjoint by prompt. Settings are chosen on valid, tables are made on test: both are always the
-    same problems; only train depends on the seed."""
-    out, seen = {}, set()
-    for split, n, key in (("test", test, "test"), ("valid", valid, "valid"), ("train", train, f"train {seed}")):
-        out[split] = problems(n, key, exclude=seen)
-        seen |= {row["prompt"] for row in out[split]}
-    return out
-
-
-def answer(text: str) -> str | None:
-    """The value after the first `####`, or None."""
-    found = re.search(r"####\s*(-?\d+)", text)
-    return found.group(1) if found else None
+# ---- words and tokens ----
 
 
 def tokenizer():
@@ -125,92 +67,9 @@ def to_words(tokens: list) -> list[str]:
     return [WORDS[token] if isinstance(token, int) else token for token in tokens]
 
 
-# ---- the right labels ----
-
-
-def oracle_labels(y: list, z: list) -> list:
-    """The right label for every position of z: what a perfect corrector that has read y writes there, given z^{<j}.
-
-    Sentences are matched by their first word (`amy`, `first`, …, `####`), so a sentence of z that is left out, told
-    twice or out of order is still compared with its own counterpart in y. Within a sentence the label is y's word at
-    that place, however wrong the numbers before it are; with one exception: after `=`, where z's operands are not y's,
-    it is what z's own sum comes to (39 - 9 = 30 and not y's 31: a label must agree with its context, unlike Fig. 6).
-    At the head of a sentence the label is y's next one. Once a sentence of z leaves the form of y's (other words, not
-    just other numbers) nothing right can be said before the next `.`: the label is z's own token, that is, masked.
-
-        y       buys 15 : 25 + 15 = 40 , again 25 + 15 = 40 . second gives 9 : 40 - 9 = 31 , again 40 - 9 = 31 .
-        z       buys 15 : 25 + 15 = 39 , again 25 + 15 = 39 . second gives 9 : 39 - 9 = 30 , again 39 - 9 = 30 .
-        labels  buys 15 : 25 + 15 = 40 , again 25 + 15 = 40 . second gives 9 : 40 - 9 = 30 , again 40 - 9 = 30 .
-
-    Takes and gives token ids or words; as long as z.
-    """
-    as_ids, y, z = bool(z) and isinstance(z[0], int), to_words(y), to_words(z)
-    sentences = sentences_of(y if y[-1] == "<eos>" else y + ["<eos>"])
-    number = {sentence[0]: i for i, sentence in enumerate(sentences)}
-    labels, done, right, written = [], -1, None, []  # right: y's sentence; written: z's so far
-    for word in z:
-        k = len(written)
-        if k == 0:
-            label = sentences[min(done + 1, len(sentences) - 1)][0]
-            done = number.get(word, done)
-            right = sentences[done] if word in number else None
-        elif right is None:
-            label = word
-        else:
-            label = right[k]
-            if right[k - 1] == "=" and written != right[:k]:
-                total = add(*written[-4:-1])
-                label = str(total) if 0 <= total <= TOP else word
-            if word != right[k] and not (word in NUMBERS and right[k] in NUMBERS):
-                right = None  # another form than that of y
-        labels.append(label)
-        written = [] if word == "." else written + [word]
-        if right is not None and len(written) == len(right):
-            right = None  # z goes on after <eos>
-    return [IDS[label] for label in labels] if as_ids else labels
-
-
-def sentences_of(words: list[str]) -> list[list[str]]:
-    """Words cut after each `.`"""
-    out = [[]]
-    for word in words:
-        out[-1].append(word)
-        if word == ".":
-            out.append([])
-    return out if out[-1] else out[:-1]
-
-
-def label_quality(y_rows: list, z_rows: list, z_bar_rows: list) -> dict:
-    """How good labels z_bar are, on rows of token ids or words (all positions of z count, EOS included).
-
-    unmasked      share of the positions with z_bar != z
-    precision     share of those where z_bar is right (None if there are none)
-    recall        share of the positions where z is wrong at which z_bar is right (None if there are none)
-    wrong_early   wrong unmasked labels before the first error of z: they change what was right
-    n             positions
-    """
-    n = unmasked = right = errors = wrong_early = 0
-    for y, z, z_bar in zip(y_rows, z_rows, z_bar_rows, strict=True):
-        clean = True
-        for z_j, label, truth in zip(z, z_bar, oracle_labels(y, z), strict=True):
-            clean = clean and z_j == truth
-            n += 1
-            errors += z_j != truth
-            unmasked += label != z_j
-            right += label != z_j and label == truth
-            wrong_early += clean and label != z_j
-    return {
-        "unmasked": unmasked / max(n, 1),
-        "precision": right / unmasked if unmasked else None,
-        "recall": right / errors if errors else None,
-        "wrong_early": wrong_early,
-        "n": n,
-    }
-
-
-def oracle(rows):
-    """D_r (columns x, y, z, z_bar of token ids, and any others) with the right labels in place of z_bar."""
-    return rows.map(lambda row: {"z_bar": oracle_labels(row["y"], row["z"])}, load_from_cache_file=False)
+def oracle_labels(y: list[str], z: list[str]) -> list[str]:
+    """The right words for z by `sums.right_words`; z's own where nothing right can be said, or no token says it."""
+    return [word if word in IDS else own for word, own in zip(right_words(y, z, "<eos>"), z, strict=True)]
 
 
 def preferences(rows) -> list[dict]:
@@ -218,25 +77,6 @@ def preferences(rows) -> list[dict]:
     words = (tuple(" ".join(to_words(row[name])) for name in ("x", "y", "z")) for row in rows)
     pairs = ((x, *(side.removesuffix("<eos>").strip() for side in (y, z))) for x, y, z in words)
     return [{"prompt": x, "chosen": y, "rejected": z} for x, y, z in pairs if z and y != z]
-
-
-# ---- recovery from an injected error ----
-
-
-def inject_error(y: list, seed: int | str) -> list:
-    """y up to and with one wrong first result, of a step drawn at random: a teacher-forced prefix. Ids or words."""
-    rng, words = random.Random(f"inject {seed}"), to_words(y)
-    j = rng.choice([j for j, word in enumerate(words) if word == "=" and words[j - 4] == ":"]) + 1
-    wrong = rng.choice([number for number in NUMBERS if number != words[j]])
-    return y[:j] + [IDS[wrong] if isinstance(y[0], int) else wrong]
-
-
-def recovery(y: list, prefix: list, continuation: list) -> dict[str, bool]:
-    """Did the continuation of an `inject_error` prefix repeat the sum rightly at once; was its final answer right?"""
-    y, continuation = to_words(y), to_words(continuation)
-    check = y[len(prefix) :][:7]  # , again 25 + 15 = 40
-    final = answer(" ".join(continuation))
-    return {"restated": continuation[:7] == check, "final": final == answer(" ".join(y))}
 
 
 # ---- the base model ----
@@ -376,9 +216,9 @@ def byte_tokenizer(files: list[str], vocab: int):
 def main():
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    names = ("base", "data", "oracle", "preferences", "bytes")
-    base, data, pairs, preferred, text = (commands.add_parser(name, allow_abbrev=False) for name in names)
-    for command in (base, data, pairs, preferred, text):
+    names = ("base", "data", "preferences", "bytes")
+    base, data, preferred, text = (commands.add_parser(name, allow_abbrev=False) for name in names)
+    for command in (base, data, preferred, text):
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--seed", type=number(0, 2**63 - 1, int), default=0)
     base.add_argument("--steps", type=positive, default=900, help="two minutes on one core")
@@ -387,8 +227,10 @@ def main():
         command.add_argument("--width", type=number(16, kind=int), default=width)
     for split, n in (("train", 500), ("valid", 300), ("test", 400)):
         data.add_argument(f"--{split}", type=positive, default=n)
-    for command in (pairs, preferred):
-        command.add_argument("--pairs", required=True, help="a `datasets` folder with columns x, y, z, z_bar")
+    data.add_argument("--operands", type=positive, nargs=2, default=(2, 15), help="the smallest and the largest")
+    data.add_argument("--steps", type=positive, nargs=2, default=(3, 4), help="the fewest and the most")
+    data.add_argument("--top", type=positive, default=TOP, help="the largest number")
+    preferred.add_argument("--pairs", required=True, help="a `datasets` folder with columns x, y, z, z_bar")
     text.add_argument("--text", nargs="+", required=True, help=".jsonl files")
     text.add_argument("--vocab", type=number(257, kind=int), default=2048, help="the bytes, <eos>, and merges")
     args = parser.parse_args()
@@ -403,13 +245,12 @@ def main():
     torch.manual_seed(args.seed)
     if args.command in ("data", "preferences"):
         if args.command == "data":
-            files = splits(args.train, args.valid, args.test, args.seed)
+            difficulty = {"operands": tuple(args.operands), "n_steps": tuple(args.steps), "top": args.top}
+            files = splits(args.train, args.valid, args.test, args.seed, **difficulty)
         else:
             files = {"pairs": preferences(read_pairs(args.pairs, ("z", "z_bar"), tokenizer()))}
         for name, rows in files.items():
             (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif args.command == "oracle":
-        oracle(read_pairs(args.pairs, ("z", "z_bar"), tokenizer())).save_to_disk(partial)
     else:
         tok = tokenizer() if args.command == "base" else byte_tokenizer(args.text, args.vocab)
         special_ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

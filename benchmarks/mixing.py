@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import generate  # noqa: E402
+import sums  # noqa: E402
 import toy  # noqa: E402
 
 METHODS = ("token", "parallel", "segment", "auto")
@@ -39,7 +40,7 @@ HELD_OUT, PROMPT, CUT = 200, 64, 164  # rows; tokens; tokens
 
 
 def read(path: str | None) -> list[tuple[str, str]]:
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()] if path else toy.problems(4000, "mixing")
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()] if path else sums.problems(4000, "mixing")
     return [tuple(value for value in row.values() if isinstance(value, str))[:2] for row in rows]
 
 

@@ -35,11 +35,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import batches
+import data
 import evaluate
 import folders
 import generate  # noqa: F401
 import rac
 import rac_options
+import sums
 import toy
 from lib import (
     answers,  # noqa: F401, for the forked processes, as the next two
@@ -52,6 +54,7 @@ from lib.tables import mean_se, paired_difference
 from tools import plots
 
 ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = toy.tokenizer()
 ROWS = ROOT / "results" / "study" / "rows.jsonl"
 TEST, VALID, SEEDS = 300, 150, [1, 2, 3, 4, 5]
 
@@ -228,7 +231,7 @@ def make_data(folder: Path, start: Start, seed: int) -> None:
     trained = [(split, start.n, f"{split} {seed}") for split in dict.fromkeys(("train", start.second))]
     partial_folder.mkdir(parents=True, exist_ok=True)
     for split, n, key in (("test", TEST, "test"), ("valid", VALID, "valid"), *trained):
-        rows = toy.problems(n, key, exclude=seen, **settings)
+        rows = sums.problems(n, key, exclude=seen, **settings)
         seen |= {row["prompt"] for row in rows}
         if start.problems == "once":
             rows = [row | {"response": re.sub(r" , again [^.]*(?= \.)", "", row["response"])} for row in rows]
@@ -242,8 +245,8 @@ def apart(row: dict) -> dict:
     """`second amy gives 9` becomes `second amy has 31 , gives 9`, with a number at random."""
     rng, x, y = random.Random(row["prompt"]), row["prompt"], row["response"]
     for ordinal, verb, b, sign in re.findall(r"(\w+) (\w+) (\d+) : \d+ ([+-])", y):
-        a = rng.choice([n for n in range(toy.TOP + 1) if 0 <= toy.add(n, sign, b) <= toy.TOP])
-        result = toy.add(a, sign, b)
+        a = rng.choice([n for n in range(sums.TOP + 1) if 0 <= sums.add(n, sign, b) <= sums.TOP])
+        result = sums.add(a, sign, b)
         x = re.sub(rf"({ordinal} \w+) {verb}", rf"\1 has {a} , {verb}", x)
         total = f"{a} {sign} {b} = {result}"
         y = re.sub(rf"({ordinal} {verb} {b} :) [^.]*", rf"\1 {total} , again {total} ", y)
@@ -292,7 +295,7 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
     rows, rng = [dict(row) for row in load_from_disk(str(drawn / "D_r_1"))], random.Random(f"labels {seed}")
     if whose in ("base", "teacher"):
         texts = ({"x": " ".join(toy.to_words(row["x"])), "y": " ".join(toy.to_words(row["y"])[:-1])} for row in rows)
-        f = [ids_of(toy.REFERENCE_TEMPLATE.format(**text)) for text in texts]
+        f = [ids_of(data.TOY_REFERENCE.format(**text)) for text in texts]
         model = fsdp.load_model(str(base), "float32")
         with fsdp.inference(model):
             found = rac.rac_labels(model, f, *columns(rows, "z"), 64)
@@ -300,7 +303,7 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
     elif whose in ("oracle", "added"):
         for row in rows:
             same_place = row["y"] if len(row["y"]) == len(row["z"]) else row["z"]
-            row["z_bar"] = same_place if problems == "arbitrary" else toy.oracle_labels(row["y"], row["z"])
+            row["z_bar"] = same_place if problems == "arbitrary" else sums.right_labels(TOKENIZER, row["y"], row["z"])
     if whose == "added":
         numbers = [toy.IDS[word] for word in toy.NUMBERS]
         places = [(row, j) for row in rows for j, z in enumerate(row["z"]) if z in numbers]
@@ -708,7 +711,7 @@ def shares(out: Path) -> None:
         model, start = fsdp.load_model(str(folder.parent / "sft"), "float32"), folder.parent.parent.name
         labels = {"own": own}
         if not start.startswith("arbitrary"):  # where the right labels are not the oracle's
-            labels["right"] = [toy.oracle_labels(*pair) for pair in zip(y, z, strict=True)]
+            labels["right"] = [sums.right_labels(TOKENIZER, *pair) for pair in zip(y, z, strict=True)]
         for whose, z_bar in labels.items():
             with fsdp.inference(model):
                 n, plausible = rac_options.count_plausible(model, x, z, z_bar, 64)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 import evaluate
+import sums
 from data import TASKS, Dataset
 from ddp_utils import Run
 from folders import open_out, read_pairs
@@ -61,6 +62,8 @@ def start(
     if not open_out(args):
         raise SystemExit(0)
     tokenizer = load_tokenizer(args.model)
+    if args.task == "sums":
+        sums.check_tokenizer(tokenizer)
     examples, notes = load_examples(args, tokenizer)
     for note in notes:
         print0(note)

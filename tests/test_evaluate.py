@@ -17,6 +17,7 @@ import bash
 import evaluate
 import folders
 import sft
+import sums
 import tiny
 import toy
 from lib import answers, fsdp, tables
@@ -265,8 +266,8 @@ def test_recovery_by_hand(toy_set, tmp_path, monkeypatch):
 
     def write(prompt, kw):
         row = tokenizer.convert_ids_to_tokens(prompt)[2]
-        prefix = toy.inject_error(Y.split(), int(row))
-        assert tokenizer.convert_ids_to_tokens(prompt)[-len(prefix) :] == prefix
+        prefix = sums.inject_error(tokenizer, tokenizer(Y)["input_ids"], int(row))
+        assert prompt[-len(prefix) :] == prefix
         text = {
             "0": ", again 25 + 15 = 40 . #### 40",
             "1": ", again 25 + 15 = 40 . #### 7",
@@ -443,7 +444,7 @@ def folder(tmp_path_factory):
         folder / "model"
     )
     toy.tokenizer().save_pretrained(folder / "model")
-    rows = toy.problems(8, seed="evaluate test")
+    rows = sums.problems(8, seed="evaluate test")
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -527,7 +528,7 @@ def test_bad_input(folder, tmp_path, monkeypatch):
 
 def test_exposure_of_a_task_without_answers(folder, tmp_path, monkeypatch):
     """Exposure alone, on any data: nothing is generated unless asked for; ROUGE of summaries."""
-    rows = toy.problems(3, seed=1)
+    rows = sums.problems(3, seed=1)
     (tmp_path / "posts.jsonl").write_text(
         "".join(json.dumps({"post": r["prompt"], "summary": r["response"]}) + "\n" for r in rows)
     )

@@ -17,7 +17,7 @@ FLOORS = (
     "ddp_utils tables preferences toy",
     "evaluate corrections plots",
     "stage rac_options",
-    "sft dpo show judge",
+    "sft dpo show judge controls room smollm2",
     "scs bash rac",
     "spin",
 )

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # noqa: E402
 
+import sums  # noqa: E402
 import toy  # noqa: E402
+from sums import add  # noqa: E402
 
 CELLS = {cell for cells in study.FACTORS.values() for cell in cells}
 
@@ -36,7 +38,7 @@ def test_each_cell_has_its_control():
 def drawn(tmp_path):
     """z of 40 problems, every fifth number of it wrong."""
     rows = []
-    for i, row in enumerate(toy.problems(40, "study")):
+    for i, row in enumerate(sums.problems(40, "study")):
         x, y = study.ids_of(row["prompt"]), study.ids_of(row["response"] + " <eos>")
         z, numbers = list(y), [j for j, word in enumerate(toy.to_words(y)) if word in toy.NUMBERS]
         for j in numbers[i % 5 :: 5]:
@@ -51,13 +53,13 @@ def pairs(drawn, labels, problems="twice"):
     folder = drawn.parent / f"{labels}-{problems}"
     study.make_pairs(folder, drawn, labels, drawn, 0, problems)
     made = load_from_disk(str(folder))
-    return made, toy.label_quality(made["y"], made["z"], made["z_bar"])
+    return made, sums.label_quality(toy.tokenizer(), made["y"], made["z"], made["z_bar"])
 
 
 def test_labels_are_as_good_as_they_are_said_to_be(drawn):
     oracle, quality = pairs(drawn, "oracle")
     assert quality["precision"] == quality["recall"] == 1
-    assert oracle["z_bar"][:] == [toy.oracle_labels(row["y"], row["z"]) for row in oracle]
+    assert oracle["z_bar"][:] == [sums.right_labels(toy.tokenizer(), row["y"], row["z"]) for row in oracle]
     for p in (0.95, 0.6):
         worse, quality = pairs(drawn, f"added-{p}")
         assert quality["precision"] == pytest.approx(p, abs=0.01) and quality["recall"] == 1
@@ -95,7 +97,7 @@ def test_the_training_sets(tmp_path, problems):
     assert all(("again" in text) == (problems != "once") for text in responses)
     words = [text.split() for text in responses]
     sums = [w[j - 3 : j + 2] for w in words for j in range(len(w)) if w[j] == "="]
-    right = [toy.add(*s[:3]) == int(s[4]) for s in sums]
+    right = [add(*s[:3]) == int(s[4]) for s in sums]
     assert all(right) == (problems != "arbitrary")
     assert all(int(s[2]) <= 9 for s in sums) == (problems == "easy")
     if problems != "once":
@@ -113,7 +115,7 @@ def test_the_training_sets(tmp_path, problems):
 
 def test_distance():
     """0 for y itself, 1 for nothing, and for one word of n changed 1 / n: both have n words, n - 1 in common."""
-    (row,) = toy.problems(1, 0)
+    (row,) = sums.problems(1, 0)
     words = row["response"].split()
     other = " ".join(["leo", *words[1:]])
     n = sum(word.isalnum() for word in words)  # ROUGE reads no punctuation
@@ -146,7 +148,7 @@ def test_replay_keeps_the_problems_and_adds_documents(tmp_path):
         assert words[-1] == ("?") and row["y"][-1] == toy.IDS["<eos>"]
         if i >= 20:
             y = study.ids_of(" ".join(words[2 : words.index("question")]) + " <eos>")
-            assert row["y"] == toy.oracle_labels(y, row["y_hat"])
+            assert row["y"] == sums.right_labels(toy.tokenizer(), y, row["y_hat"])
 
 
 def test_jobs_go_through_their_steps_and_a_failure_ends_its_own_job_alone(tmp_path, capfd):

@@ -118,28 +118,6 @@ def toy_recovery(y: list[str], prefix: list[str], continuation: list[str]) -> di
     return {"restated": continuation[:7] == y[len(prefix) :][:7], "final": final == sums.answer(" ".join(y))}
 
 
-@pytest.mark.skipif(
-    getattr(getattr(toy, "oracle_labels", None), "__module__", "") != "toy", reason="toy.py has its own no longer"
-)
-def test_these_are_those_of_toy():
-    rng = random.Random(7)
-    for seed in range(300):
-        y, z = ([*words, "<eos>"] for words in flawed(rng, scramble=seed % 3))
-        truth = toy.oracle_labels(y, z)
-        assert truth == toy_labels(y, z)
-        for z_bar in (z, truth, [rng.choice([a, a, b, rng.choice(toy.WORDS)]) for a, b in zip(z, truth)]):
-            assert toy.label_quality([y], [z], [z_bar]) == toy_quality(y, z, z_bar)
-        prefix = toy.inject_error(y, seed)
-        assert prefix == toy_inject(y, seed)
-        for rest in (y[len(prefix) :], z[len(prefix) :], y[-3:], []):
-            assert toy.recovery(y, prefix, rest) == toy_recovery(y, prefix, rest)
-    for seed in range(4):
-        assert sums.splits(60, 50, 40, seed) == toy.splits(60, 50, 40, seed)
-        assert sums.problems(50, seed) == toy.problems(50, seed)
-        options = {"operands": (2, 9), "n_steps": (1, 4), "arbitrary": True}
-        assert sums.problems(50, seed, **options) == toy.problems(50, seed, **options)
-
-
 # ---- problems ----
 
 

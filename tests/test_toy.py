@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import sums
 import toy
 
 Y = (
@@ -30,15 +30,15 @@ def with_words(y, **changes):
 
 
 def test_problems_are_right_and_disjoint():
-    sets = toy.splits(60, 50, 40, seed=3)
+    sets = sums.splits(60, 50, 40, seed=3)
     prompts = [row["prompt"] for rows in sets.values() for row in rows]
     assert len(set(prompts)) == 150 and {split: len(rows) for split, rows in sets.items()} == {
         "train": 60,
         "valid": 50,
         "test": 40,
     }
-    other = toy.splits(60, 50, 40, seed=4)
-    assert sets == toy.splits(60, 50, 40, seed=3)
+    other = sums.splits(60, 50, 40, seed=4)
+    assert sets == sums.splits(60, 50, 40, seed=3)
     assert sets["train"] != other["train"] and sets["valid"] == other["valid"] and sets["test"] == other["test"]
     for rows in sets.values():
         for row in rows:
@@ -47,13 +47,13 @@ def test_problems_are_right_and_disjoint():
             for j, word in enumerate(words):
                 if word == "=" and words[j - 4] == ":":
                     assert int(words[j - 3]) == state
-                    state = toy.add(*words[j - 3 : j])
+                    state = sums.add(*words[j - 3 : j])
                     assert words[j + 1] == str(state) and words[j + 2 : j + 9] == [",", "again", *words[j - 3 : j + 2]]
-            assert toy.answer(row["response"]) == str(state) and len(words) < 80
+            assert sums.answer(row["response"]) == str(state) and len(words) < 80
 
 
 def test_tokenizer():
-    tok, row = toy.tokenizer(), toy.problems(1, 0)[0]
+    tok, row = toy.tokenizer(), sums.problems(1, 0)[0]
     for text in row.values():
         ids = tok(text).input_ids
         assert tok.decode(ids) == text and toy.to_words(ids) == text.split() and tok.unk_token_id not in ids
@@ -62,23 +62,23 @@ def test_tokenizer():
 
 
 def test_answer():
-    assert toy.answer("a #### 31 <eos>") == "31" and toy.answer("#### <eos>") is None and toy.answer("31") is None
+    assert sums.answer("a #### 31 <eos>") == "31" and sums.answer("#### <eos>") is None and sums.answer("31") is None
 
 
 def test_oracle_agrees_with_y():
     rng = random.Random(0)
     for i in range(200):
-        _, y = toy.problem(rng, (2, 15), (1, 4), arbitrary=i % 2 == 0)
+        _, y = sums.problem(rng, (2, 15), (1, 4), arbitrary=i % 2 == 0)
         y = y + ["<eos>"]
         assert toy.oracle_labels(y, y) == y == toy.oracle_labels(y[:-1], y)
         ids = [toy.IDS[word] for word in y]
-        assert toy.oracle_labels(ids, ids) == ids
+        assert sums.right_labels(toy.tokenizer(), ids, ids) == ids
 
 
 def test_oracle_never_looks_ahead_and_takes_anything():
     rng = random.Random(1)
     for _ in range(300):
-        _, y = toy.problem(rng)
+        _, y = sums.problem(rng)
         z = toy.flawed(y, rng)
         for _ in range(rng.randint(0, 4)):
             z[rng.randrange(len(z))] = rng.choice(toy.WORDS)
@@ -88,31 +88,35 @@ def test_oracle_never_looks_ahead_and_takes_anything():
         assert toy.oracle_labels(y, other)[:j] == labels[:j]
 
 
+def ids_of(words):
+    return [toy.IDS[word] for word in words]
+
+
 def test_label_quality():
+    tok = toy.tokenizer()
     z = with_words(Y, _12="39")
     truth = toy.oracle_labels(Y, z)
     assert truth[12] == "40" and truth[:12] == Y[:12]
-    right = toy.label_quality([Y], [z], [truth])
+    assert sums.right_labels(tok, ids_of(Y), ids_of(z)) == ids_of(truth)
+    right = sums.label_quality(tok, [ids_of(Y)], [ids_of(z)], [ids_of(truth)])
     assert right["precision"] == right["recall"] == 1 and right["wrong_early"] == 0 and right["n"] == len(z)
-    early = toy.label_quality([Y], [z], [with_words(z, _2="7")])
+    early = sums.label_quality(tok, [ids_of(Y)], [ids_of(z)], [ids_of(with_words(z, _2="7"))])
     assert early["precision"] == 0 and early["wrong_early"] == 1 and early["unmasked"] == 1 / len(z)
-    assert toy.label_quality([Y], [z], [z])["precision"] is None
+    assert sums.label_quality(tok, [ids_of(Y)], [ids_of(z)], [ids_of(z)])["precision"] is None
 
 
-@pytest.mark.parametrize("as_ids", [False, True])
-def test_recovery(as_ids):
-    y = [toy.IDS[word] for word in Y] if as_ids else Y
-    seen = set()
+def test_recovery():
+    tok, y, seen = toy.tokenizer(), ids_of(Y), set()
     for seed in range(20):
-        prefix = toy.inject_error(y, seed)
-        assert prefix == toy.inject_error(y, seed)
+        prefix = sums.inject_error(tok, y, seed)
+        assert prefix == sums.inject_error(tok, y, seed)
         n = len(prefix)
         seen.add(n)
         assert toy.to_words(prefix)[-6] == ":" and toy.to_words(prefix)[-2] == "="
         assert prefix[:-1] == y[: n - 1] and prefix[-1] != y[n - 1]
-        assert toy.recovery(y, prefix, y[n:]) == {"restated": True, "final": True}
-        assert toy.recovery(y, prefix, y[-3:]) == {"restated": False, "final": True}
-        assert toy.recovery(y, prefix, []) == {"restated": False, "final": False}
+        assert sums.recovery(tok, y, prefix, y[n:]) == {"restated": True, "final": True}
+        assert sums.recovery(tok, y, prefix, y[-3:]) == {"restated": False, "final": True}
+        assert sums.recovery(tok, y, prefix, []) == {"restated": False, "final": False}
     assert len(seen) == 2
 
 
@@ -136,16 +140,6 @@ def test_base_and_data_commands(tmp_path):
     run("data", "--out", tmp_path / "data", "--train", 5, "--valid", 4, "--test", 3)
     rows = [json.loads(line) for line in (tmp_path / "data/train.jsonl").read_text().splitlines()]
     assert len(rows) == 5 and set(rows[0]) == {"prompt", "response"}
-
-
-def test_oracle_command(tmp_path):
-    ids = [toy.IDS[word] for word in Y]
-    z = [toy.IDS[word] for word in with_words(Y, _12="39")]
-    rows = {"id": [7], "x": [ids[:4]], "y": [ids], "z": [z], "z_bar": [z]}
-    Dataset.from_dict(rows).save_to_disk(tmp_path / "in")
-    run("oracle", "--pairs", tmp_path / "in", "--out", tmp_path / "out")
-    (row,) = load_from_disk(tmp_path / "out")
-    assert row == {"id": 7, "x": ids[:4], "y": ids, "z": z, "z_bar": toy.oracle_labels(ids, z)}
 
 
 def test_preferences_command(tmp_path):
