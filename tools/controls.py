@@ -3,7 +3,7 @@
     python tools/controls.py noise  runs/bash/D_s_1 --model runs/sft --out D_s_noise        # whose tokens?
     python tools/controls.py noise  runs/bash/D_s_1 --model runs/sft --out D_s_any --anywhere   # which places?
     python tools/controls.py oracle runs/rac/D_r_1 --model runs/sft --out D_r_oracle        # were labels right?
-    python tools/controls.py wrong  runs/rac/D_r_1 --model runs/sft --out D_r_wrong --task sums    # which z?
+    python tools/controls.py wrong  runs/rac/D_r_1 --model runs/sft --out D_r_wrong --task sums # which z?
 
 noise   y_hat has tokens of other responses where it had the model's own: in the very places where it differs from y, or,
         with --anywhere, in as many places of the row drawn at random. What is left of BASH's gain is not due to the

@@ -34,8 +34,8 @@ def main() -> None:
     except Exception as error:
         reason = first_line(error).removeprefix(f"--model {args.model}: ")
         raise ValueError(
-            f"--model {args.model}: {reason}; give the folder of a causal language model, or the name of one on a hub that "
-            "can be reached"
+            f"--model {args.model}: {reason}; give the folder of a causal language model, or the name of one on a hub "
+            "that can be reached"
         ) from None
     gb, there = parameters / 1e9, sum(file.stat().st_size for file in args.out.rglob("*.safetensors")) / 1e9
     # float32 weights of each model, and three checkpoints of weights and moments of each that is in training
