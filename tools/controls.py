@@ -3,10 +3,10 @@
     python tools/controls.py noise  runs/bash/D_s_1 --model runs/sft --out D_s_noise        # whose tokens?
     python tools/controls.py noise  runs/bash/D_s_1 --model runs/sft --out D_s_any --anywhere   # which places?
     python tools/controls.py oracle runs/rac/D_r_1 --model runs/sft --out D_r_oracle        # were labels right?
-    python tools/controls.py wrong  runs/rac/D_r_1 --model runs/sft --out D_r_wrong --task sums # which z?
+    python tools/controls.py wrong  runs/rac/D_r_1 --model runs/sft --out D_r_wrong --task sums
 
-noise   y_hat has tokens of other responses where it had the model's own: in the very places where it differs from y, or,
-        with --anywhere, in as many places of the row drawn at random. What is left of BASH's gain is not due to the
+noise   y_hat has tokens of the responses where it had the model's own: in the very places where it differs from y, or
+        with --anywhere in as many places of the row drawn at random. What is left of BASH's gain is not due to the
         tokens being the model's own.
 oracle  z_bar are the right labels (tasks toy and sums, where they are known).
 wrong   z_bar is z, which Eq. 7 masks, in rows whose z has the right answer: RAC learns from wrong ones alone.
