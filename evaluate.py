@@ -135,7 +135,7 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
     details["without_answer"] = statistics.fmean(a is None for some in answers for a in some)
     metrics = {f"accuracy_t{t:g}": statistics.fmean(shares)}
     if args.task == "gsm8k":
-        loose = [[gsm8k_flexible(text) == b for text in texts] for texts, b in zip(rows["text"], true)]
+        loose = [[same(gsm8k_flexible(text), b) for text in texts] for texts, b in zip(rows["text"], true)]
         metrics[f"flexible_t{t:g}"] = statistics.fmean(good for goods in loose for good in goods)
     if (n := len(shares)) > 1:
         ks = sorted({*(2**i for i in range(n.bit_length())), n, *(args.k or [])})

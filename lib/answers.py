@@ -80,7 +80,8 @@ def math_verified(a: str | None, b: str | None) -> bool:
 
 
 def same(a: str | None, b: str | None) -> bool:
-    return a is not None and a == b
+    """To the letter. No answer equals nothing, not even another."""
+    return bool(a) and a == b
 
 
 # ---------------------------------------------------------------------------------------------- of several samples

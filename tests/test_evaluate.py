@@ -240,6 +240,10 @@ def test_flexible_match_of_gsm8k(toy_set, tmp_path, monkeypatch):
     args = arguments(tmp_path, task="gsm8k")
     found = evaluate.accuracy(args, tiny.model("gpt_neox"), tokenizer, rows, references, 0.0)[0]
     assert found == {"accuracy_t0": 0.0, "flexible_t0": 1.0}
+    scripted(monkeypatch, lambda prompt, kw: [tokenizer("amy has eggs")["input_ids"] + [1]])
+    args, silent = arguments(tmp_path / "b", task="gsm8k"), dict.fromkeys(references, "amy has eggs")
+    found = evaluate.accuracy(args, tiny.model("gpt_neox"), tokenizer, rows, silent, 0.0)[0]
+    assert found == {"accuracy_t0": 0.0, "flexible_t0": 0.0}  # two sides without an answer
 
 
 def test_train_seconds(tmp_path):
