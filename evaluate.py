@@ -13,7 +13,8 @@
                                  independent generations at others. toy, sums, gsm8k: strict; math: the last \\boxed{}
     flexible_t0, ...             gsm8k: the last number in the text counts, as lm-evaluation-harness's flexible-extract
     pass@K_tT, maj@K_tT          for --k K: is one of K right (unbiased); is the most frequent answer of the first K
-    rouge1_tT, rouge2_, rougeL_  tldr: F1 by Google's rouge-score, no stemming (Tables 1 and 7)
+    rouge1_tT, rouge2_, rougeL_  tldr: F1 by Google's rouge-score, no stemming (Tables 1 and 7). Its tokeniser knows a-z
+                                 and 0-9 alone: references of other letters are counted, said and left out
     win_rate_tT                  tldr: by judge.py, share of the parsed verdicts that prefer the model to the reference
     nll_y, nll_g, exposure_gap   nats per token of y given (x, y^{<j}); given (x, g^{<j}), g the model's mixed prefix of
                                  Eq. 4; the second less the first
@@ -38,6 +39,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +119,10 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
     }
     if args.task == "tldr":
         details["empty"] = statistics.fmean(not text.strip() for texts in rows["text"] for text in texts)
-        found = rouge(rows["text"], [references[i] for i in rows["id"]])
+        true, every = [references[i] for i in rows["id"]], [text for texts in rows["text"] for text in texts]
+        details["unread_references"] = hardly_read("references", true, "they are left out")
+        details["unread_texts"] = hardly_read(f"texts at T = {t:g}", every, "they score 0, or nearly")
+        found = rouge(rows["text"], true)
         return {f"{key}_t{t:g}": value for key, value in found.items()}, details
     if args.task not in CHECKS:
         return {}, details
@@ -131,7 +136,7 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
     details["without_answer"] = statistics.fmean(a is None for some in answers for a in some)
     metrics = {f"accuracy_t{t:g}": statistics.fmean(shares)}
     if args.task == "gsm8k":
-        loose = [[gsm8k_flexible(text) == b for text in texts] for texts, b in zip(rows["text"], true)]
+        loose = [[same(gsm8k_flexible(text), b) for text in texts] for texts, b in zip(rows["text"], true)]
         metrics[f"flexible_t{t:g}"] = statistics.fmean(good for goods in loose for good in goods)
     if (n := len(shares)) > 1:
         ks = sorted({*(2**i for i in range(n.bit_length())), n, *(args.k or [])})
@@ -142,12 +147,28 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
     return metrics, details
 
 
+def unread(text: str) -> bool:
+    """Does ROUGE's tokeniser, which keeps a-z and 0-9 alone, lose all of a text or most letters, as of Chinese?"""
+    letters, kept = sum(map(str.isalpha, text)), len(re.findall("[a-zA-Z]", text))
+    return letters > 2 * kept or bool(text.strip() and not re.search("[a-zA-Z0-9]", text))
+
+
+def hardly_read(what: str, texts: list[str], then: str) -> int:
+    """How many of them are unread, said in one line."""
+    if lost := sum(map(unread, texts)):
+        print0(f"ROUGE's tokeniser knows a-z and 0-9 alone, and hardly reads {lost} of {len(texts)} {what}: {then}")
+    return lost
+
+
 def rouge(texts: list[list[str]], references: list[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L F1 by Google's rouge-score without stemming, in the mean; an empty text has 0."""
+    """ROUGE-1, -2 and -L F1 by Google's rouge-score without stemming, in the mean; an empty text has 0.
+
+    An unread reference is left out, for with it ROUGE is 0 whatever the text; {} where there is no other."""
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = optional("rouge_score.rouge_scorer", "rouge-score").RougeScorer(kinds, use_stemmer=False)
-    found = [scorer.score(true, text) for some, true in zip(texts, references, strict=True) for text in some]
-    return {kind: statistics.fmean(one[kind].fmeasure for one in found) for kind in kinds}
+    pairs = [(some, true) for some, true in zip(texts, references, strict=True) if not unread(true)]
+    found = [scorer.score(true, text) for some, true in pairs for text in some]
+    return {kind: statistics.fmean(one[kind].fmeasure for one in found) for kind in kinds} if found else {}
 
 
 def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
@@ -324,6 +345,9 @@ def watch(run: Run) -> Callable[[], dict[str, float]]:
     references = {row["id"]: row["response"] for row in rows}
     spec = data.TASKS[args.task]
     new = (args.max_response or spec.max_response) if args.task in (*CHECKS, "tldr") else 0
+    if args.task == "tldr":
+        lost = hardly_read("references of --eval-data", [*references.values()], "they count as 0 in held_rougeL")
+        new = new if lost < len(references) else 0
     tokens = max(len(row["x"]) + max(len(row["y"]), new) for row in examples)
     check_fits(run.model, tokens, max(max(row["x"] + row["y"]) for row in examples), "--eval-data: x and y")
     name = {"tldr": "rougeL"}.get(args.task, "accuracy") if new else None
@@ -336,7 +360,7 @@ def watch(run: Run) -> Callable[[], dict[str, float]]:
     def score(z: list[int], reference: str) -> float:
         text = run.tokenizer.decode(z, skip_special_tokens=True)
         if args.task == "tldr":
-            return rouge([[text]], [reference])["rougeL"]
+            return rouge([[text]], [reference]).get("rougeL", 0.0)
         find, equal = CHECKS[args.task]
         return float(equal(find(text), find(reference)))
 
