@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("tools/*.py")]}
+FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/[!_]*.py"), *ROOT.glob("tools/*.py")]}
 STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (
     "noise kv_cache ranks flags batches rows sums",
-    "generate fsdp answers data",
+    "generate answers chat",
+    "kinds data",
+    "fsdp",
     "folders",
     "ddp_utils tables preferences toy",
     "evaluate corrections plots",
