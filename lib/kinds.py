@@ -36,7 +36,9 @@ def check_kind(path: str) -> None:
         )
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path)
-    except Exception:
+    except Exception:  # no such folder, or half a file
+        return
+    if not isinstance(raw, dict):
         return
     if how := raw.get("quantization_config"):
         kind = how.get("quant_method") if isinstance(how, dict) else how
