@@ -15,7 +15,7 @@ import functools
 import os
 import re
 
-from lib.ranks import first_line
+from lib.ranks import first_line, print0
 from lib.rows import Turns
 
 
@@ -89,7 +89,7 @@ def system_has_a_turn(tokenizer, template: str) -> bool:
     # what begins any user turn, of a dialogue's first as of its second: <|im_start|>user
     begins = os.path.commonprefix([text[::-1] for text in opening[1:]])[::-1]
     begins = begins.removeprefix(tokenizer.bos_token or "")
-    return "Be so." in with_system and (len(opening) == 1 or bool(begins.strip()) and opening[0].endswith(begins))
+    return "Be so." in opening[0] and (len(opening) == 1 or bool(begins.strip()) and opening[0].endswith(begins))
 
 
 def turns_of(question: str, answer: str) -> Turns:
@@ -124,6 +124,9 @@ def settle_ends(tokenizer, named: list[int]) -> None:
     if own is None:
         return
     known = [own, *(token for token in named if token != own and tokenizer.convert_ids_to_tokens(token) is not None)]
+    if odd := [token for token in known if token not in tokenizer.added_tokens_decoder]:
+        words = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(odd[:3])))
+        print0(f"WARNING: --model {tokenizer.name_or_path} says that {words} ends an answer, which is no special token")
     end = turn_end(tokenizer, known)
     first = end if end in known else own
     tokenizer.ends = [first, *(token for token in known if token != first)]

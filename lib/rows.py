@@ -168,7 +168,8 @@ def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool =
 
 def optional_texts(row: dict, names: tuple[str, ...], where: str) -> dict[str, str]:
     """The texts of columns that a row need not have, checked; "" where there is none."""
-    return {name: "" if missing(row[name]) else checked(row[name], name, where) for name in names if name in row}
+    found = {name: "" if missing(row[name]) else checked(row[name], name, where) for name in names if name in row}
+    return {name: text if text.strip() else "" for name, text in found.items()}
 
 
 def missing(value: object) -> bool:
