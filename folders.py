@@ -86,7 +86,20 @@ def given(args: argparse.Namespace) -> dict[str, object]:
             f"the {part} of --model": {file for name in names for file in there["model"].glob(name) if file.is_file()}
             for part, names in PARTS.items()
         }
-    return {"script": Path(sys.argv[0]).name, **flags, **{what: contents_of(some) for what, some in files.items()}}
+    contents = {what: contents_of(some) for what, some in files.items()}
+    if "model" in paths and "model" not in there:
+        contents["the revision of --model"] = revision(flags["model"])
+    return {"script": Path(sys.argv[0]).name, **flags, **contents}
+
+
+def revision(name: str) -> str | None:
+    """The commit of a hub model that would be loaded now."""
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, "config.json")).parent.name  # …/snapshots/COMMIT/config.json
+    except Exception:  # which is said where the model is needed
+        return None
 
 
 def contents_of(files: Iterable[Path]) -> str:

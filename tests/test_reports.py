@@ -391,6 +391,20 @@ def test_a_run_is_the_same_only_while_all_it_was_given_is(tmp_path, monkeypatch,
     assert CHANGES[name][1] in str(error.value)
 
 
+def test_a_hub_models_revision_is_part_of_what_a_run_was_given(tmp_path, monkeypatch):
+    import transformers.utils
+
+    args = sft.stage.parser("").parse_args(shlex.split(f"--model some/name --task toy --out {tmp_path / 'out'}"))
+    commits = iter(["ab12", "ab12", "cd34"])
+    path = "/cache/models--some--name/snapshots/{}/config.json"
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda *_: path.format(next(commits)))
+    for _ in range(2):
+        assert folders.open_out(args)
+        (tmp_path / "out" / "log.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="the revision of --model ab12 -> cd34"):
+        folders.open_out(args)
+
+
 @pytest.mark.parametrize("rewrite", ["copied over", "renamed"])
 def test_a_parquet_file_is_read_itself(tmp_path, monkeypatch, rewrite):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
