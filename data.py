@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from lib.rows import Turns, named, pairs, source_rows
+from lib.chat import Remarks, as_turns, chat, ends, shield, token_ids, without_opening
+from lib.rows import named, optional_texts, pairs, source_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -40,37 +41,6 @@ TOY_REFERENCE = "reference : {y} question : {x}"  # f(x, y) of the toy task, who
 
 
 # ---------------------------------------------------------------------------------------------- prompt templates
-def as_turns(prompt: str | Turns) -> Turns:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def chat(tokenizer, prompt: str | Turns, system: str = "") -> str:
-    """A question, or a dialogue that ends with one, ready for the answer: through the tokenizer's own chat template,
-    else in the Zephyr form of A.1. `system` follows the dialogue's own system text.
-
-    >>> chat(tokenizer_without_template, "Why?")
-    '<|system|>\\n</s>\\n<|user|>\\nWhy?</s>\\n<|assistant|>\\n'
-    """
-    turns = as_turns(prompt)
-    if turns[0]["role"] == "system":
-        system = f"{turns[0]['content']}\n\n{system}" if system else turns[0]["content"]
-        turns = turns[1:]
-    whole = [{"role": "system", "content": system}, *turns]
-    if not tokenizer.chat_template:
-        text = "".join(f"<|{turn['role']}|>\n{turn['content']}{tokenizer.eos_token}\n" for turn in whole)
-        return f"{text}<|assistant|>\n"
-
-    def render(messages: Turns) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    try:
-        return render(whole)
-    except Exception as error:  # jinja2's TemplateError: some templates (Gemma, Mistral-Instruct) know no system turn
-        if type(error).__module__.split(".")[0] != "jinja2":
-            raise
-        return render([*as_turns(f"{system}\n\n{turns[0]['content']}".strip()), *turns[1:]])
-
-
 def tldr_x(row: dict, tokenizer, limit: int) -> str:
     """The OpenAI TL;DR query. While it is too long the post is cut at its last newline, or loses a character."""
     title = "".join(f"{key.upper()}: {prefix}{row[key]}\n\n" for key, prefix in TLDR_HEAD.items() if row.get(key))
@@ -116,6 +86,7 @@ class Task:
     x: Callable[[dict, object, int], str]
     f: Callable[[dict, object, int], str]
     before_response: str = ""  # text between prompt and response that belongs to the response
+    optional: tuple[str, ...] = ()  # columns that x and f(x, y) take in where a row has them
 
 
 def math_x(row: dict, tokenizer, limit: int) -> str:
@@ -134,7 +105,7 @@ TASKS = {
     ),
     "tldr": Task(
         ("vwxyzjn/summarize_from_feedback_tldr_3_filtered",), ("train", "test"), "post", "summary", 512, 53,
-        x=tldr_x, f=tldr_f, before_response=" ",
+        x=tldr_x, f=tldr_f, before_response=" ", optional=tuple(TLDR_HEAD),
     ),
     "ultrachat": Task(
         ("HuggingFaceH4/ultrachat_200k",), ("train_sft", "test_sft"), "prompt", "messages", 1024, 1024,
@@ -175,6 +146,7 @@ def load_rows(
     for i in range(min(len(rows), limit or len(rows))):
         row, where = rows[i], f"{source}, row {i}"
         others = {name: value for name, value in row.items() if name not in used}
+        others |= optional_texts(others, spec.optional, where)
         for pair in pairs(task, row, wanted, where, need_response):
             found.append({**others, **pair, "id": len(found), "row": i})
     return found
@@ -183,7 +155,7 @@ def load_rows(
 # ---------------------------------------------------------------------------------------------- token ids
 def tokenize(tokenizer, text: str) -> list[int]:
     """Token ids, with exactly one BOS where the tokenizer would put one itself (a chat template may bring its own)."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
         ids = [bos, *ids]
@@ -191,12 +163,15 @@ def tokenize(tokenizer, text: str) -> list[int]:
 
 
 def encode(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
-    """x, and y ending in EOS. The two are cut apart after joint tokenisation where the border falls between tokens, so
-    that y begins as it would in running text (SentencePiece puts a space before a text that stands alone)."""
+    """x, and y with the token that ends it (chat.ends). The two are cut apart after joint tokenisation where the border
+    falls between tokens, so that y begins as it would in running text (SentencePiece puts a space before a text that
+    stands alone). Special tokens are tokens in the prompt, where a template has put them (chat.shield marks those of
+    data), and text in the response. A <think> at the end of the prompt is not opened again."""
+    response = shield(tokenizer, without_opening(prompt, response))
     x = tokenize(tokenizer, prompt)
     both = tokenize(tokenizer, prompt + response)
-    y = both[len(x) :] if both[: len(x)] == x else tokenizer(response, add_special_tokens=False)["input_ids"]
-    return x, [*y, tokenizer.eos_token_id]
+    y = both[len(x) :] if both[: len(x)] == x else token_ids(tokenizer, response)
+    return x, [*y, ends(tokenizer)[0]]
 
 
 def examples(
@@ -214,9 +189,9 @@ def examples(
 ) -> tuple[Dataset, list[str]]:
     """Tokenised examples, and notes on what was cut or left out, for the caller to print.
 
-    Returns a data set with columns id, x, y (ends in EOS unless cut), and, with max_reference > 0, f (the labelling
-    prompt f(x, y)). limit keeps the first rows; a limit of 0 means the task's own. need_response=False takes rows with
-    none, too (y is EOS alone then). Raises ValueError.
+    Returns a data set with columns id, x, y (it ends as chat.ends says unless cut), and, with max_reference > 0, f (the
+    labelling prompt f(x, y)). limit keeps the first rows; a limit of 0 means the task's own. need_response=False takes
+    rows with none, too (y is EOS alone then). Raises ValueError.
     """
     from datasets import Dataset
 
@@ -225,10 +200,12 @@ def examples(
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token: a model could not learn to stop; set tokenizer.eos_token")
     rows = load_rows(task, data, split, columns, limit, need_response)
-    kept, cut, long_x, long_f = [], 0, [], []
+    kept, cut, long_x, long_f, remarks = [], 0, [], [], Remarks(tokenizer)
     for row in rows:
-        response = spec.before_response + row["response"].strip()
-        x, y = encode(tokenizer, spec.x(row, tokenizer, max_prompt), response)
+        row = remarks.read(row, ("prompt", "response", *spec.optional))
+        prompt, response = spec.x(row, tokenizer, max_prompt), spec.before_response + row["response"].strip()
+        remarks.answered(row, prompt, response)
+        x, y = encode(tokenizer, prompt, response)
         example = {"id": row["id"], "x": x, "y": y[:max_response]}
         if max_reference:
             example["f"] = tokenize(tokenizer, spec.f(row, tokenizer, max_prompt))
@@ -249,6 +226,7 @@ def examples(
         notes.append(f"{cut} responses cut at {max_response} tokens (--max-response), without EOS")
     if not kept:
         raise ValueError(f"no example is left: {'; '.join(notes[1:])}")
+    notes += remarks.notes(uses_template=spec.f is qa_f)
     return Dataset.from_list(kept), notes
 
 

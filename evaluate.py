@@ -66,6 +66,7 @@ from lib.answers import (
     same,
 )
 from lib.answers import pass_at_k as pass_at_k  # for those who look for it here
+from lib.chat import ends, response_text
 from lib.flags import count, data_flags, group, model_flags, new_parser, number, positive
 from lib.fsdp import check_fits, inference, load_tokenizer, model_of
 from lib.ranks import RANK, WORLD, all_sum, barrier, cli, fold_in, init, print0
@@ -105,17 +106,17 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
     def make(rows: list[dict]) -> list[dict]:
         drawn = generate.generate(
             model, [row["x"] for row in rows], ids=[row["id"] for row in rows], max_new_tokens=args.max_response,
-            eos_token_id=tokenizer.eos_token_id, temperature=t, n=args.generations if t else 1,
+            eos_token_id=ends(tokenizer), temperature=t, n=args.generations if t else 1,
             seed=fold_in(args.seed, t), batch_size=args.batch_size,
         )  # fmt: skip
-        texts = [[tokenizer.decode(z, skip_special_tokens=True) for z in samples] for samples in drawn]
+        texts = [[response_text(tokenizer, z) for z in samples] for samples in drawn]
         return [{**row, "z": z, "text": text} for row, z, text in zip(rows, drawn, texts, strict=True)]
 
     rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer)
     every = [z for samples in rows["z"] for z in samples]
     details = {
         "tokens": statistics.fmean(map(len, every)),
-        "without_eos": statistics.fmean(z[-1:] != [tokenizer.eos_token_id] for z in every),
+        "without_eos": statistics.fmean(not z or z[-1] not in ends(tokenizer) for z in every),
     }
     if args.task == "tldr":
         details["empty"] = statistics.fmean(not text.strip() for texts in rows["text"] for text in texts)
@@ -191,8 +192,8 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
 
 def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     """toy, sums: after a wrong result, the share of sums put right when repeated, and of right final answers."""
-    end = tokenizer.eos_token_id
-    examples = [row for row in examples if row["y"][-1] == end and sums.has_sum(sums.text_of(tokenizer, row["y"]))]
+    end = ends(tokenizer)
+    examples = [row for row in examples if row["y"][-1] in end and sums.has_sum(sums.text_of(tokenizer, row["y"]))]
     if not examples:
         return {}
 
@@ -256,7 +257,7 @@ def run(args: argparse.Namespace) -> None:
         if silent:
             print0(f"{len(silent)} references without an answer count as never reached, first: row {silent[0]}")
 
-    model = model_of(args)
+    model = model_of(args, tokenizer)
     tokens = max(len(row["x"]) + max(len(row["y"]), args.max_response * bool(args.temperatures)) for row in examples)
     if args.task in ("toy", "sums"):
         tokens = max(len(row["x"] + row["y"]) for row in examples) + args.max_response  # recovery begins inside of y
@@ -303,7 +304,7 @@ def alpaca(args: argparse.Namespace) -> None:
         print0(note)
     if len(examples) < len(rows):
         raise ValueError(f"--data {args.data}: alpaca_eval needs an answer to each instruction; raise --max-prompt")
-    model = model_of(args)
+    model = model_of(args, tokenizer)
     longest = max(len(row["x"]) for row in examples) + args.max_response
     check_fits(model, longest, max(max(row["x"]) for row in examples), "instruction and answer")
     begin()
@@ -311,13 +312,13 @@ def alpaca(args: argparse.Namespace) -> None:
     def make(some: list[dict]) -> list[dict]:
         drawn = generate.generate(
             model, [row["x"] for row in some], ids=[row["id"] for row in some], max_new_tokens=args.max_response,
-            eos_token_id=tokenizer.eos_token_id, temperature=args.temperature, seed=args.seed,
+            eos_token_id=ends(tokenizer), temperature=args.temperature, seed=args.seed,
             batch_size=args.batch_size,
         )  # fmt: skip
         return [{"id": row["id"], "x": row["x"], "z": z} for row, (z,) in zip(some, drawn, strict=True)]
 
     made = folders.offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
-    texts = {row["id"]: tokenizer.decode(row["z"], skip_special_tokens=True).strip() for row in made}
+    texts = {row["id"]: response_text(tokenizer, row["z"]).strip() for row in made}
     if RANK == 0:
         write_json(out, [
             {"instruction": row["prompt"], "output": texts[row["id"]], "generator": args.name,
@@ -358,14 +359,14 @@ def watch(run: Run) -> Callable[[], dict[str, float]]:
     size = {"ids": ids, "batch_size": getattr(args, "generation_batch_size", 64)}
 
     def score(z: list[int], reference: str) -> float:
-        text = run.tokenizer.decode(z, skip_special_tokens=True)
+        text = response_text(run.tokenizer, z)
         if args.task == "tldr":
             return rouge([[text]], [reference]).get("rougeL", 0.0)
         find, equal = CHECKS[args.task]
         return float(equal(find(text), find(reference)))
 
     def measure() -> dict[str, float]:
-        end, drawn = run.tokenizer.eos_token_id, []
+        end, drawn = ends(run.tokenizer), []
         with inference(run.model):
             g = generate.mix(run.model, x, y, beta=0.2, **size)  # Eq. 4; one beta for all stages, to compare
             on_y, on_g = (sum(nll(run.model, x, inputs, y, args.micro_batch_size)) for inputs in (y, g))

@@ -16,12 +16,13 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
+import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from lib.fsdp import inference
+from lib.kinds import write_folder
 from lib.ranks import RANK, WORLD, barrier, first_line, print0, wait_for
 
 if TYPE_CHECKING:
@@ -47,13 +49,12 @@ def write_json(path: Path, value: object) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror})") from None
 
 
-def checksum(path: Path, crc: int = 0, parts: int = 0) -> int:
-    """CRC-32 of a file, going on from crc; or of so many parts of 1 MiB, spread over it, where it is larger."""
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for start in range(0, size, max(1 << 20, size // parts if parts else 0)):
-            file.seek(start)
-            crc = zlib.crc32(file.read(1 << 20), crc)
+        while part := file.read(1 << 20):
+            crc = zlib.crc32(part, crc)
     return crc
 
 
@@ -63,25 +64,60 @@ FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size", 
         "activation_checkpointing", "share_prompt", "eval_every", "eval_data", "eval_rows")  # fmt: skip
 
 
+WEIGHTS = (".safetensors", ".bin", ".arrow")  # or rows
+# What else of a model folder decides what a run does, each named apart where it has changed.
+PARTS = {
+    "tokenizer and chat template": ("token*", "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges*", "*tokens*.json"),
+    "config and generation settings": ("config.json", "generation_config.json"),
+}
+
+
 def given(args: argparse.Namespace) -> dict[str, object]:
     """What a command was given: its script, its flags, and for the files and folders among them what they hold."""
     flags = {key: value for key, value in vars(args).items() if key not in FREE}
     paths = {key: Path(flags[key]) for key in ("model", "data", "pairs") if flags.get(key)}
     there = {key: path for key, path in paths.items() if path.is_file() or path.is_dir()}  # no pipe, no hub name
-    contents = {f"what --{key} holds": contents_of(path) for key, path in there.items()}
+    files = {
+        f"what --{key} holds": [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in WEIGHTS]
+        for key, path in there.items()
+    }
+    if "model" in there:
+        files |= {
+            f"the {part} of --model": {file for name in names for file in there["model"].glob(name) if file.is_file()}
+            for part, names in PARTS.items()
+        }
+    contents = {what: contents_of(some) for what, some in files.items()}
+    if "model" in paths and "model" not in there:
+        contents["the revision of --model"] = revision(flags["model"])
     return {"script": Path(sys.argv[0]).name, **flags, **contents}
 
 
-def contents_of(path: Path) -> str:
-    """Size and CRC-32 of a file, or of the weights or rows in a folder. Of a large file 16 MiB are read, spread over it
-    (retrained weights differ everywhere; to read all of a 70B model would take minutes)."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".arrow"))
-    crc = 0
-    for file in files:
-        crc = checksum(file, crc, parts=16)
+def revision(name: str) -> str | None:
+    """The commit of a hub model that would be loaded now."""
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, "config.json")).parent.name  # …/snapshots/COMMIT/config.json
+    except Exception:  # which is said where the model is needed
+        return None
+
+
+def contents_of(files: Iterable[Path]) -> str:
+    """Size and CRC-32 of files, all of which are read, at 1 to 3 GB a second: a run of other weights is another run,
+    even where one row of a large matrix differs. (Who loads the weights next finds them in memory.)"""
+    files = sorted(files)
+    with ThreadPoolExecutor(4) as pool:  # zlib and reading let go of the interpreter
+        sums = list(pool.map(checksum, files))
+    crc = sums[0] if len(sums) == 1 else zlib.crc32(repr(sums).encode())
     return f"{sum(file.stat().st_size for file in files)} bytes, CRC-32 {crc:08x}"
+
+
+def from_rank_0(make: Callable[[], object]) -> object:
+    """What make() gives on rank 0, for all ranks: files are read once, not by each."""
+    made = [make() if RANK == 0 else None]
+    if WORLD > 1:
+        torch.distributed.broadcast_object_list(made, 0)
+    return made[0]
 
 
 def open_out(
@@ -98,7 +134,7 @@ def open_out(
     """
     if not args.out.strip():
         raise ValueError("--out is empty: give a folder")
-    out, flags = Path(args.out), given(args)
+    out, flags = Path(args.out), from_rank_0(lambda: given(args))
     if RANK == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -129,8 +165,9 @@ def open_out(
             raise ValueError(f"--out {out} belongs to another run ({named}); choose another folder or delete it")
         if (out / done).exists():
             print0(f"{out}: already done")
-            if RANK == 0:
-                shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            if RANK == 0:  # what a crash at the very end has left
+                for name in ("checkpoints", SAVING):
+                    shutil.rmtree(out / name, ignore_errors=True)
             return False
     barrier()
     if RANK == 0:
@@ -143,7 +180,7 @@ def claim_file(args: argparse.Namespace) -> tuple[Path, Callable[[], None]]:
     """--out of a command that writes one file, and what to call when its work begins: that leaves the flags beside it.
 
     Raises ValueError where the file exists, or where another call's work is left beside it."""
-    out, flags, kept = Path(args.out), Path(args.out + ".args.json"), given(args)
+    out, flags, kept = Path(args.out), Path(args.out + ".args.json"), from_rank_0(lambda: given(args))
     if out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another file or delete it")
     try:
@@ -166,6 +203,9 @@ def claim_file(args: argparse.Namespace) -> tuple[Path, Callable[[], None]]:
 
 
 # ---------------------------------------------------------------------------------------------- models
+SAVING = ".saving"  # in --out: what is on its way there
+
+
 def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """A Hugging Face folder of float32 weights, written aside and moved in, config.json last. Called by all ranks."""
     from torch.distributed.checkpoint import state_dict as dcp_state
@@ -176,17 +216,32 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: 
     if RANK == 0:
         names = {name for named in (model.named_parameters, model.named_buffers) for name, _ in named()}
         state = {name: value for name, value in state.items() if name in names}  # tied weights once
-        partial = out / ".saving"
+        partial = out / SAVING
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            model.save_pretrained(partial, state_dict=state)
-            tokenizer.save_pretrained(partial)
+            write_folder(model, tokenizer, state, partial)
         except Exception as error:  # safetensors has errors of its own
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"--out {out}: the model cannot be written ({first_line(error)})") from None
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            if (out / file.name).is_dir():  # of an attempt before: a folder does not replace a folder
+                shutil.rmtree(out / file.name)
             file.replace(out / file.name)
         partial.rmdir()
+
+
+def check_saves(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
+    """Writes the folder once without its weights, aside: what could not be saved shows before the first step. Raises
+    ValueError."""
+    if RANK == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                note = write_folder(model, tokenizer, {}, Path(folder))
+            except Exception as error:
+                why = first_line(error)
+                raise ValueError(f"--model {args.model}: could not be saved after training ({why})") from None
+        if note:
+            print0(f"--model {args.model}: {note}")
 
 
 # ---------------------------------------------------------------------------------------------- offline data sets
@@ -261,15 +316,16 @@ def read_pairs(folder: str, pair: tuple[str, str], tokenizer: PreTrainedTokenize
         raise ValueError(f"--pairs {folder}: no column {missing}; there are {', '.join(data.column_names)}")
     if source.exists() and made_with != fingerprint(tokenizer):
         raise ValueError(f"--pairs {folder}: was made with another tokenizer than this model's")
+    last = max(tokenizer.get_vocab().values())  # not len: there may be holes
     for i, row in enumerate(data):
         for name in sorted(columns):
             ids = row[name]
             if not (isinstance(ids, list) and ids and all(isinstance(token, int) for token in ids)):
                 raise ValueError(f"--pairs {folder}, row {i}: {name} must be a list of token ids, and not empty")
-            if not 0 <= min(ids) <= max(ids) < len(tokenizer):
+            if not 0 <= min(ids) <= max(ids) <= last:
                 raise ValueError(
                     f"--pairs {folder}, row {i}: {name} has ids from {min(ids)} to {max(ids)}, the tokenizer's end at "
-                    f"{len(tokenizer) - 1}"
+                    f"{last}"
                 )
         a, b = (len(row[name]) for name in pair)
         if a != b:

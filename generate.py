@@ -98,13 +98,20 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, at:
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     inputs |= {cache_name(type(model)): cache, "use_cache": True}
     if at is None:
-        return model(**inputs, logits_to_keep=1).logits[:, -1]  # [B, V]
+        return known(model, model(**inputs, logits_to_keep=1).logits[:, -1])  # [B, V]
     # [B, Q, d] -> [1, N, d] at the door of the output matrix
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][at][None],))
     try:
-        return model(**inputs).logits[0]  # [N, V]
+        return known(model, model(**inputs).logits[0])  # [N, V]
     finally:
         hook.remove()
+
+
+def known(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """The logits [..., V], -inf (in place) at the ids in `model.absent`, if any: a vocabulary that is padded beyond the
+    tokenizer's has ids that are no token."""
+    absent = getattr(model, "absent", None)
+    return logits if absent is None else logits.index_fill_(-1, absent, -torch.inf)
 
 
 @functools.cache
@@ -119,6 +126,8 @@ def prefill(model: PreTrainedModel, prompts: Rows, device: torch.device) -> tupl
     ids, mask = pad([prompt for prompt, new in zip(prompts, different) if new], device, left=True)  # [B', P]
     cache = Cache(layer_class_to_replicate=Columns)
     logits, length = forward(model, ids, mask, cache), mask.sum(1)  # [B', V], [B']
+    if any(layer.get_seq_length() != ids.shape[1] for layer in cache.layers) or not cache.layers:
+        raise ValueError(f"{type(model).__name__} does not keep keys and values of each token, and cannot be decoded")
     if logits.isnan().any():
         raise ValueError("the model's logits are NaN: its weights are broken, or too large for --dtype")
     if not all(different):
@@ -404,6 +413,7 @@ def main() -> None:
 
     import data  # of the command alone: who copies the decoder leaves this function behind
     from folders import claim_file, offline
+    from lib.chat import ends, response_text
     from lib.flags import count, data_flags, group, new_parser, number, positive
     from lib.fsdp import check_fits, load_tokenizer, model_of
     from lib.ranks import RANK, init, print0
@@ -426,7 +436,7 @@ def main() -> None:
     examples, notes = data.load(args, tokenizer, args.split, need_response=False)
     for note in notes:
         print0(note)
-    model = model_of(args)
+    model = model_of(args, tokenizer)
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "n", "seed", "batch_size")}
     options["max_new_tokens"] = args.max_response or data.TASKS[args.task].max_response
     tokens = max(map(len, examples["x"])) + options["max_new_tokens"]
@@ -435,18 +445,17 @@ def main() -> None:
 
     def make(rows: list[dict]) -> list[dict]:
         ids, x = [row["id"] for row in rows], [row["x"] for row in rows]
-        z = generate(model, x, eos_token_id=tokenizer.eos_token_id, ids=ids, **options)
+        z = generate(model, x, eos_token_id=ends(tokenizer), ids=ids, **options)
         return [row | {"z": samples} for row, samples in zip(rows, z)]
 
     made = offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
     if RANK == 0:
-        text = {"skip_special_tokens": True}
         lines = [
             {
                 "id": row["id"],
                 "prompt": tokenizer.decode(row["x"]),
-                "reference": tokenizer.decode(row["y"], **text),
-                "responses": [tokenizer.decode(z, **text) for z in row["z"]],
+                "reference": response_text(tokenizer, row["y"]),
+                "responses": [response_text(tokenizer, z) for z in row["z"]],
             }
             for row in made
         ]

@@ -39,6 +39,7 @@ from batches import losses, teacher_forced
 from data import Dataset
 from ddp_utils import Run
 from lib import stage
+from lib.chat import ends
 from lib.flags import count, group, number, positive
 from lib.ranks import cli, fold_in
 from sft import sft_loss, sft_phase
@@ -66,7 +67,7 @@ def rac_labels(
     """
     labels: list[list[int]] = [[] for _ in z]
     for some, logits in teacher_forced(model, reference_prompts, z, batch_size):
-        for i, row in zip(some, logits.argmax(dim=-1).tolist(), strict=True):
+        for i, row in zip(some, generate.known(model, logits).argmax(dim=-1).tolist(), strict=True):
             labels[i] = row[: len(z[i])]
     return labels
 
@@ -86,7 +87,7 @@ def with_z(run: Run, iteration: int, rows: list[dict]) -> list[dict]:
         ids=[row["id"] for row in rows],
         max_new_tokens=args.max_response or data.TASKS[args.task].max_response,
         batch_size=args.generation_batch_size,
-        eos_token_id=run.tokenizer.eos_token_id,
+        eos_token_id=ends(run.tokenizer),
         temperature=args.temperature,
         seed=fold_in(args.seed, iteration),
     )  # Eq. 2

@@ -29,6 +29,7 @@ import sums
 from batches import Rows, pad_responses, teacher_forced
 from data import Dataset
 from ddp_utils import Run
+from generate import known
 from lib.flags import group, number, positive
 from lib.fsdp import model_of
 from lib.ranks import RANK, all_sum, print0
@@ -192,7 +193,7 @@ def labelled_by_start(
         return run.offline(name, draw, examples)
     drawn = run.offline(f"D_z_{iteration}", draw, examples)
     # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
-    start = model_of(run.args)
+    start = model_of(run.args, run.tokenizer)
     return folders.offline(run.out / name, lambda rows: label(start, rows), drawn, start, run.tokenizer)
 
 
@@ -227,7 +228,7 @@ def rac_top_labels(
     """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp ([L][k])."""
     labels: list[dict[str, list]] = [{} for _ in z]
     for some, logits in teacher_forced(model, reference_prompts, z, batch_size):
-        logits = logits.float()
+        logits = known(model, logits.float())
         top, ids = logits.topk(k)  # [B, L, k], the largest first
         logp = top - logits.logsumexp(dim=-1, keepdim=True)
         for i, ids_i, logp_i in zip(some, ids.tolist(), logp.tolist(), strict=True):

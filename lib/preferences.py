@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data import TASKS, encode
-from lib.rows import named, one_row, source_rows
+from data import TASKS, encode, qa_f
+from lib.chat import Remarks
+from lib.rows import named, one_row, optional_texts, source_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,12 +58,14 @@ def load_preferences(args: argparse.Namespace, tokenizer) -> tuple[Dataset, list
     rows, source = source_rows(args.data, (hub,), split if args.data in (None, hub) else "train")
     wanted = named(args.columns, prompt="prompt", chosen="chosen", rejected="rejected")
     most = min(args.max_prompt or spec.max_prompt, args.max_length - 1)
-    kept, cut, long, empty, equal = [], 0, [], [], []
+    kept, cut, long, empty, equal, remarks = [], 0, [], [], [], Remarks(tokenizer)
     for i in range(min(len(rows), args.limit or len(rows))):
-        row = rows[i] | preference(rows[i], wanted, f"{source}, row {i}")
+        where = f"{source}, row {i}"
+        row = rows[i] | optional_texts(rows[i], spec.optional, where) | preference(rows[i], wanted, where) | {"row": i}
+        row = remarks.read(row, ("prompt", "chosen", "rejected", *spec.optional))
         y, z = (spec.before_response + row[side].strip() for side in ("chosen", "rejected"))
-        x, y = encode(tokenizer, spec.x(row, tokenizer, most), y)
-        _, z = encode(tokenizer, spec.x(row, tokenizer, most), z)
+        prompt = spec.x(row, tokenizer, most)
+        (x, y), (_, z) = (encode(tokenizer, prompt, side) for side in (y, z))
         room = min(args.max_response or spec.max_response, args.max_length - len(x))
         if not (row["chosen"] and row["rejected"]):
             empty.append(i)
@@ -83,4 +86,4 @@ def load_preferences(args: argparse.Namespace, tokenizer) -> tuple[Dataset, list
         notes.append(f"{cut} responses cut (--max-length, --max-response), without EOS")
     if not kept:
         raise ValueError(f"no pair is left: {'; '.join(notes[1:])}")
-    return Dataset.from_list(kept), notes
+    return Dataset.from_list(kept), notes + remarks.notes(uses_template=spec.f is qa_f)

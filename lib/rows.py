@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,10 +24,13 @@ Turns = list[dict[str, str]]  # of a dialogue: {"role": …, "content": …}
 def read(path: str) -> list[dict]:
     """The rows of a local .jsonl, .json (a list) or .parquet file. Raises ValueError naming file and line."""
     if path.endswith(".parquet"):
-        from datasets import Dataset
+        import pyarrow.parquet
 
         try:
-            return Dataset.from_parquet(path).to_list()
+            table = pyarrow.parquet.read_table(path)  # the file itself: `datasets` would answer from its cache
+            if not len(table):
+                raise ValueError("it has none")
+            return table.to_pylist()
         except Exception as error:
             raise ValueError(f"{path}: not a readable parquet file, or without rows ({error})") from None
     try:
@@ -137,12 +141,13 @@ def dialogue(messages: list, where: str) -> Turns:
 
 
 def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool = True) -> dict[str, str]:
-    """`prompt` and `response` of a row, checked. `where` names the row in errors."""
+    """`prompt` and `response` of a row, checked. `where` names the row in errors. Of columns that are joined, one
+    without a value is passed over."""
     texts = {}
     for key, names in wanted.items():
-        parts = []
-        for name in names.split("+"):
-            if name not in row and key == "response" and not need_response:
+        several, parts = names.split("+"), []
+        for name in several:
+            if missing(row.get(name)) and key == "response" and not need_response:
                 continue
             if name not in row:
                 there = ", ".join(row) or "none"
@@ -151,16 +156,42 @@ def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool =
             if (key, name) == ("response", "messages") and isinstance(value, list):  # a dialogue: the first answer
                 turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "assistant"]
                 value = turns[0].get("content") if turns else ""
-            if not isinstance(value, str):
-                raise ValueError(f"{where}: column {name!r} is {type(value).__name__}, not text")
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                bad = f"column {name!r} is not text at character {error.start} (a lone surrogate)"
-                raise ValueError(f"{where}: {bad}; remove the row") from None
-            if value.strip():
+            if missing(value) and several[1:]:
+                continue
+            if checked(value, name, where, dialogue=key == "content").strip():
                 parts.append(value)
         texts[key] = "\n\n".join(parts)
         if not texts[key] and (key == "prompt" or need_response):
             raise ValueError(f"{where}: empty {key} (column {names!r}); remove the row")
     return texts
+
+
+def optional_texts(row: dict, names: tuple[str, ...], where: str) -> dict[str, str]:
+    """The texts of columns that a row need not have, checked; "" where there is none."""
+    found = {name: "" if missing(row[name]) else checked(row[name], name, where) for name in names if name in row}
+    return {name: text if text.strip() else "" for name, text in found.items()}
+
+
+def missing(value: object) -> bool:
+    """None, and NaN, as which tables write a missing text."""
+    return value is None or value != value
+
+
+def checked(value: object, name: str, where: str, dialogue: bool = False) -> str:
+    """The value of a column, where it is a text that can be learnt. dialogue: also one of a dialogue in JSON. Raises
+    ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: column {name!r} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        bad = f"column {name!r} is not text at character {error.start} (a lone surrogate)"
+        raise ValueError(f"{where}: {bad}; remove the row") from None
+    if not dialogue and AS_TEXT.fullmatch(value) and all(re.search(key, value) for key in MESSAGE):
+        raise ValueError(f"{where}: column {name!r} is a dialogue as text, not a list of messages; parse it first")
+    return value
+
+
+# A list of messages, as JSON or as Python shows it.
+AS_TEXT = re.compile(r"""["'\s]*\[\s*\{.*\}\s*\]["'\s]*""", re.DOTALL)
+MESSAGE = (r"""["'](role|from)\\*["']\s*:""", r"""["'](content|value)\\*["']\s*:""")

@@ -11,8 +11,10 @@ FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/[!_]*.
 STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (
-    "noise kv_cache ranks flags batches rows sums latex verify verdicts",
-    "generate fsdp answers data",
+    "noise kv_cache ranks flags batches rows latex verify verdicts",
+    "generate answers chat",
+    "kinds data sums",
+    "fsdp",
     "folders",
     "ddp_utils tables preferences toy",
     "evaluate corrections plots",
