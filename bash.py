@@ -13,6 +13,8 @@ Departures from the paper
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -43,12 +45,13 @@ def make_d_s(run: Run, examples: Dataset, iteration: int) -> Dataset:
     options = {"beta": args.beta, "temperature": args.temperature, "batch_size": args.generation_batch_size}
     options |= {"seed": fold_in(args.seed, iteration), "stats": stats}
 
-    def make(rows: list[dict]) -> list[dict]:
-        x, y, ids = ([row[name] for row in rows] for name in ("x", "y", "id"))
-        y_hat = generate.mix(run.model, x, y, ids=ids, **options)  # Eq. 4
-        return [row | {"y_hat": mixed} for row, mixed in zip(rows, y_hat, strict=True)]
+    def draw(rows: dict[str, Sequence], keep: Callable[[int, dict], None]) -> None:
+        def each(i: int, y_hat: list[int]) -> None:
+            keep(i, {"y_hat": y_hat})
 
-    d_s = run.offline(f"D_s_{iteration}", make, examples)
+        generate.mix(run.model, rows["x"], rows["y"], ids=rows["id"], each=each, **options)  # Eq. 4
+
+    d_s = run.offline(f"D_s_{iteration}", None, examples, draw)
     if stats["forwards"]:
         print0(f"D_s_{iteration}: drawn in {stats['forwards']} forwards of one process")
     return d_s

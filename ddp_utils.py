@@ -212,14 +212,16 @@ class Run:
             except OSError as error:
                 raise OSError(f"{self.out / 'log.jsonl'} cannot be written ({error.strerror})") from None
 
-    def offline(self, name: str, make: Callable[[list[dict]], list[dict]], rows: Dataset) -> Dataset:
-        """The data set --out/name that make(rows) gives by the current weights; see folders.offline.
+    def offline(
+        self, name: str, make: Callable[[list[dict]], list[dict]] | None, rows: Dataset, draw: Callable | None = None
+    ) -> Dataset:
+        """The data set --out/name that draw and make give by the current weights; see folders.offline.
 
         Raises ValueError where it is gone, and the weights that made it have moved on."""
         begun = (self.phase, 0) < (self.resume["phase"], self.resume["step"])
         if begun and not (self.out / name).exists():
             raise ValueError(f"{self.out / name} is gone, and cannot be made again by weights that have moved on")
-        return folders.offline(self.out / name, make, rows, self.model, self.tokenizer)
+        return folders.offline(self.out / name, make, rows, self.model, self.tokenizer, draw=draw)
 
     def finish(self) -> None:
         """Saves a Hugging Face folder and removes the checkpoints. config.json, moved in last, marks the end."""

@@ -99,16 +99,17 @@ def nll(
 def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, str], t: float) -> tuple[dict, dict]:
     """({accuracy_tT: ...}, details) at temperature t; no metric for tasks whose responses have no answer to check."""
 
-    def make(rows: list[dict]) -> list[dict]:
-        drawn = generate.generate(
-            model, [row["x"] for row in rows], ids=[row["id"] for row in rows], max_new_tokens=args.max_response,
-            eos_token_id=tokenizer.eos_token_id, temperature=t, n=args.generations if t else 1,
-            seed=fold_in(args.seed, t), batch_size=args.batch_size,
+    def draw(rows: dict, keep: Callable[[int, dict], None]) -> None:
+        generate.generate(
+            model, rows["x"], ids=rows["id"], each=lambda i, samples: keep(i, {"z": samples}),
+            max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, temperature=t,
+            n=args.generations if t else 1, seed=fold_in(args.seed, t), batch_size=args.batch_size,
         )  # fmt: skip
-        texts = [[tokenizer.decode(z, skip_special_tokens=True) for z in samples] for samples in drawn]
-        return [{**row, "z": z, "text": text} for row, z, text in zip(rows, drawn, texts, strict=True)]
 
-    rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer)
+    def make(rows: list[dict]) -> list[dict]:
+        return [row | {"text": [tokenizer.decode(z, skip_special_tokens=True) for z in row["z"]]} for row in rows]
+
+    rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer, draw=draw)
     every = [z for samples in rows["z"] for z in samples]
     details = {
         "tokens": statistics.fmean(map(len, every)),
@@ -152,16 +153,18 @@ def rouge(texts: list[list[str]], references: list[str]) -> dict[str, float]:
 def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     """nll_y, nll_g and exposure_gap, in nats per token of y."""
 
+    def draw(rows: dict, keep: Callable[[int, dict], None]) -> None:
+        size = {"ids": rows["id"], "batch_size": args.batch_size}
+        generate.mix(model, rows["x"], rows["y"], beta=args.beta, each=lambda i, g: keep(i, {"g": g}), **size)  # Eq. 4
+
     def make(rows: list[dict]) -> list[dict]:
-        x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
-        g = generate.mix(model, x, y, beta=args.beta, ids=ids, batch_size=args.batch_size)  # Eq. 4
+        ids, x, y, g = ([row[name] for row in rows] for name in ("id", "x", "y", "g"))
         on_y, on_g = (nll(model, x, inputs, y, min(8, args.batch_size)) for inputs in (y, g))
         if not math.isfinite(sum(on_y + on_g)):
             raise ValueError(f"--model {args.model}: the loss of rows {ids[0]} to {ids[-1]} is not finite")
-        new = zip(rows, g, on_y, on_g, strict=True)
-        return [{**row, "g": g_i, "nll_y": a, "nll_g": b} for row, g_i, a, b in new]
+        return [row | {"nll_y": a, "nll_g": b} for row, a, b in zip(rows, on_y, on_g, strict=True)]
 
-    rows = folders.offline(Path(args.out) / "exposure", make, examples, model, tokenizer)
+    rows = folders.offline(Path(args.out) / "exposure", make, examples, model, tokenizer, draw=draw)
     n = sum(map(len, rows["y"]))
     on_y, on_g = math.fsum(rows["nll_y"]) / n, math.fsum(rows["nll_g"]) / n
     return {"nll_y": on_y, "nll_g": on_g, "exposure_gap": on_g - on_y}
@@ -175,22 +178,34 @@ def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     examples = [row for row in examples if "=" in words[row["id"]] and toy.answer(" ".join(words[row["id"]]))]
     if not examples:
         return {}
+    prefixes = {row["id"]: toy.inject_error(words[row["id"]], row["id"]) for row in examples}
+    examples = [row | {"prefix": tokenizer.convert_tokens_to_ids(prefixes[row["id"]])} for row in examples]
+
+    def draw(rows: dict, keep: Callable[[int, dict], None]) -> None:
+        generate.generate(
+            model, [x + prefix for x, prefix in zip(rows["x"], rows["prefix"], strict=True)], temperature=0,
+            max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size,
+            each=lambda i, samples: keep(i, {"z": samples[0]}),
+        )  # fmt: skip
 
     def make(rows: list[dict]) -> list[dict]:
-        prefixes = [toy.inject_error(words[row["id"]], row["id"]) for row in rows]
-        ids = [tokenizer.convert_tokens_to_ids(prefix) for prefix in prefixes]
-        drawn = generate.generate(
-            model, [row["x"] + prefix for row, prefix in zip(rows, ids, strict=True)], temperature=0,
-            max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size,
-        )  # fmt: skip
         made = []
-        for row, ids_i, prefix, (z,) in zip(rows, ids, prefixes, drawn, strict=True):
-            written = [word or "<unk>" for word in tokenizer.convert_ids_to_tokens(z)]
-            made.append({**row, "prefix": ids_i, "z": z, **toy.recovery(words[row["id"]], prefix, written)})
+        for row in rows:
+            written = [word or "<unk>" for word in tokenizer.convert_ids_to_tokens(row["z"])]
+            made.append(row | toy.recovery(words[row["id"]], prefixes[row["id"]], written))
         return made
 
-    rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer)
+    rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer, draw=draw)
     return {f"recovery_{key}": statistics.fmean(rows[key]) for key in ("restated", "final")}
+
+
+def hash_of(examples: Dataset) -> str:
+    """SHA-256 of json.dumps([[id, x, y], ...]), row by row."""
+    found = hashlib.sha256()
+    for i, row in enumerate(examples):
+        found.update((", " if i else "[").encode() + json.dumps([row["id"], row["x"], row["y"]]).encode())
+    found.update(b"]")
+    return found.hexdigest()
 
 
 def train_seconds(folder: str) -> float | None:
@@ -241,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
     if args.task == "toy":
         tokens = max(len(row["x"] + row["y"]) for row in examples) + args.max_response  # recovery begins inside of y
     check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
-    test_set = hashlib.sha256(json.dumps([[row["id"], row["x"], row["y"]] for row in examples]).encode()).hexdigest()
+    test_set = hash_of(examples)
     metrics, details = {}, {}
     for t in args.temperatures:
         found, details[f"t{t:g}"] = accuracy(args, model, tokenizer, examples, references, t)
@@ -288,15 +303,15 @@ def alpaca(args: argparse.Namespace) -> None:
     check_fits(model, longest, max(max(row["x"]) for row in examples), "instruction and answer")
     begin()
 
-    def make(some: list[dict]) -> list[dict]:
-        drawn = generate.generate(
-            model, [row["x"] for row in some], ids=[row["id"] for row in some], max_new_tokens=args.max_response,
-            eos_token_id=tokenizer.eos_token_id, temperature=args.temperature, seed=args.seed,
-            batch_size=args.batch_size,
+    def draw(rows: dict, keep: Callable[[int, dict], None]) -> None:
+        generate.generate(
+            model, rows["x"], ids=rows["id"], each=lambda i, samples: keep(i, {"z": samples[0]}),
+            max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, temperature=args.temperature,
+            seed=args.seed, batch_size=args.batch_size,
         )  # fmt: skip
-        return [{"id": row["id"], "x": row["x"], "z": z} for row, (z,) in zip(some, drawn, strict=True)]
 
-    made = folders.offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
+    examples = examples.select_columns(["id", "x"])
+    made = folders.offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, draw=draw)
     texts = {row["id"]: tokenizer.decode(row["z"], skip_special_tokens=True).strip() for row in made}
     if RANK == 0:
         write_json(out, [
