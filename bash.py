@@ -45,13 +45,10 @@ def make_d_s(run: Run, examples: Dataset, iteration: int) -> Dataset:
     options = {"beta": args.beta, "temperature": args.temperature, "batch_size": args.generation_batch_size}
     options |= {"seed": fold_in(args.seed, iteration), "stats": stats}
 
-    def draw(rows: dict[str, Sequence], keep: Callable[[int, dict], None]) -> None:
-        def each(i: int, y_hat: list[int]) -> None:
-            keep(i, {"y_hat": y_hat})
+    def draw(rows: dict[str, Sequence], each: Callable[[int, list], None]) -> list:
+        return generate.mix(run.model, rows["x"], rows["y"], ids=rows["id"], each=each, **options)  # Eq. 4
 
-        generate.mix(run.model, rows["x"], rows["y"], ids=rows["id"], each=each, **options)  # Eq. 4
-
-    d_s = run.offline(f"D_s_{iteration}", None, examples, draw)
+    d_s = run.offline(f"D_s_{iteration}", None, examples, y_hat=draw)
     if stats["forwards"]:
         print0(f"D_s_{iteration}: drawn in {stats['forwards']} forwards of one process")
     return d_s

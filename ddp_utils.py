@@ -213,15 +213,16 @@ class Run:
                 raise OSError(f"{self.out / 'log.jsonl'} cannot be written ({error.strerror})") from None
 
     def offline(
-        self, name: str, make: Callable[[list[dict]], list[dict]] | None, rows: Dataset, draw: Callable | None = None
+        self, name: str, make: Callable[[list[dict]], list[dict]] | None, rows: Dataset, **column: Callable
     ) -> Dataset:
-        """The data set --out/name that draw and make give by the current weights; see folders.offline.
+        """The data set --out/name, by the current weights, of the rows with a column drawn and what make adds; see
+        folders.offline.
 
         Raises ValueError where it is gone, and the weights that made it have moved on."""
         begun = (self.phase, 0) < (self.resume["phase"], self.resume["step"])
         if begun and not (self.out / name).exists():
             raise ValueError(f"{self.out / name} is gone, and cannot be made again by weights that have moved on")
-        return folders.offline(self.out / name, make, rows, self.model, self.tokenizer, draw=draw)
+        return folders.offline(self.out / name, make, rows, self.model, self.tokenizer, **column)
 
     def finish(self) -> None:
         """Saves a Hugging Face folder and removes the checkpoints. config.json, moved in last, marks the end."""

@@ -99,9 +99,9 @@ def nll(
 def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, str], t: float) -> tuple[dict, dict]:
     """({accuracy_tT: ...}, details) at temperature t; no metric for tasks whose responses have no answer to check."""
 
-    def draw(rows: dict, keep: Callable[[int, dict], None]) -> None:
-        generate.generate(
-            model, rows["x"], ids=rows["id"], each=lambda i, samples: keep(i, {"z": samples}),
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
+        return generate.generate(
+            model, rows["x"], ids=rows["id"], each=each,
             max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, temperature=t,
             n=args.generations if t else 1, seed=fold_in(args.seed, t), batch_size=args.batch_size,
         )  # fmt: skip
@@ -109,7 +109,7 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
     def make(rows: list[dict]) -> list[dict]:
         return [row | {"text": [tokenizer.decode(z, skip_special_tokens=True) for z in row["z"]]} for row in rows]
 
-    rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer, draw=draw)
+    rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer, z=draw)
     every = [z for samples in rows["z"] for z in samples]
     details = {
         "tokens": statistics.fmean(map(len, every)),
@@ -153,9 +153,9 @@ def rouge(texts: list[list[str]], references: list[str]) -> dict[str, float]:
 def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     """nll_y, nll_g and exposure_gap, in nats per token of y."""
 
-    def draw(rows: dict, keep: Callable[[int, dict], None]) -> None:
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
         size = {"ids": rows["id"], "batch_size": args.batch_size}
-        generate.mix(model, rows["x"], rows["y"], beta=args.beta, each=lambda i, g: keep(i, {"g": g}), **size)  # Eq. 4
+        return generate.mix(model, rows["x"], rows["y"], beta=args.beta, each=each, **size)  # Eq. 4
 
     def make(rows: list[dict]) -> list[dict]:
         ids, x, y, g = ([row[name] for row in rows] for name in ("id", "x", "y", "g"))
@@ -164,7 +164,7 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
             raise ValueError(f"--model {args.model}: the loss of rows {ids[0]} to {ids[-1]} is not finite")
         return [row | {"nll_y": a, "nll_g": b} for row, a, b in zip(rows, on_y, on_g, strict=True)]
 
-    rows = folders.offline(Path(args.out) / "exposure", make, examples, model, tokenizer, draw=draw)
+    rows = folders.offline(Path(args.out) / "exposure", make, examples, model, tokenizer, g=draw)
     n = sum(map(len, rows["y"]))
     on_y, on_g = math.fsum(rows["nll_y"]) / n, math.fsum(rows["nll_g"]) / n
     return {"nll_y": on_y, "nll_g": on_g, "exposure_gap": on_g - on_y}
@@ -181,12 +181,13 @@ def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     prefixes = {row["id"]: toy.inject_error(words[row["id"]], row["id"]) for row in examples}
     examples = [row | {"prefix": tokenizer.convert_tokens_to_ids(prefixes[row["id"]])} for row in examples]
 
-    def draw(rows: dict, keep: Callable[[int, dict], None]) -> None:
-        generate.generate(
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
+        drawn = generate.generate(
             model, [x + prefix for x, prefix in zip(rows["x"], rows["prefix"], strict=True)], temperature=0,
             max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size,
-            each=lambda i, samples: keep(i, {"z": samples[0]}),
+            each=lambda i, samples: each(i, samples[0]),
         )  # fmt: skip
+        return [samples[0] for samples in drawn]
 
     def make(rows: list[dict]) -> list[dict]:
         made = []
@@ -195,7 +196,7 @@ def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
             made.append(row | toy.recovery(words[row["id"]], prefixes[row["id"]], written))
         return made
 
-    rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer, draw=draw)
+    rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer, z=draw)
     return {f"recovery_{key}": statistics.fmean(rows[key]) for key in ("restated", "final")}
 
 
@@ -303,15 +304,16 @@ def alpaca(args: argparse.Namespace) -> None:
     check_fits(model, longest, max(max(row["x"]) for row in examples), "instruction and answer")
     begin()
 
-    def draw(rows: dict, keep: Callable[[int, dict], None]) -> None:
-        generate.generate(
-            model, rows["x"], ids=rows["id"], each=lambda i, samples: keep(i, {"z": samples[0]}),
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
+        drawn = generate.generate(
+            model, rows["x"], ids=rows["id"], each=lambda i, samples: each(i, samples[0]),
             max_new_tokens=args.max_response, eos_token_id=tokenizer.eos_token_id, temperature=args.temperature,
             seed=args.seed, batch_size=args.batch_size,
         )  # fmt: skip
+        return [samples[0] for samples in drawn]
 
     examples = examples.select_columns(["id", "x"])
-    made = folders.offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, draw=draw)
+    made = folders.offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, z=draw)
     texts = {row["id"]: tokenizer.decode(row["z"], skip_special_tokens=True).strip() for row in made}
     if RANK == 0:
         write_json(out, [

@@ -1,7 +1,7 @@
 """The folder --out: whose run it is, what is kept in it, and what is whole.
 
     if not open_out(args): return                                      # this very command has finished there before
-    d_s = offline(out / "D_s_1", make, rows, model, tokenizer, draw=draw)   # what the model makes, kept as it grows
+    d_r = offline(out / "D_r_1", make, rows, model, tokenizer, z=draw)      # what the model makes, kept as it grows
     save_model(model, tokenizer, out)                                  # an ordinary Hugging Face folder
 
 Two rules. What a reader could take for whole is written under another name and renamed, so that a crash never leaves
@@ -208,14 +208,14 @@ def offline(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     chunk: int = 128,
-    draw: Callable[[dict[str, Sequence], Callable[[int, dict], None]], None] | None = None,
+    **column: Callable[[dict[str, Sequence], Callable[[int, list], None]], list],
 ) -> Dataset:
     """The rows, in order, with what the model adds to them, as a data set in `folder`.
 
-    draw(columns, keep) gets this rank's share of all the rows at once, so that the decoder's batch refills until they
-    end, and calls keep(i, {column: value}) for the i-th of them as soon as it is finished. Then make(list of rows) ->
-    list of rows, chunk by chunk: what a chunk holds does not depend on when its rows were finished. Both run under
-    `inference`, and one of them may be left out.
+    column (z=draw_z, say) is decoded first: z = draw_z(columns, each) gets this rank's share of all the rows at once,
+    so that the decoder's batch refills until they end, and calls each(i, z) as soon as the i-th is finished (or returns
+    all in a list). Then follows make(list of rows) -> list of rows, chunk by chunk: what is in a chunk does not depend
+    on when its rows were finished. Both run under `inference`, and one of them may be left out.
 
     What is finished is kept in Arrow files, which no rank ever holds as Python objects together; so an interrupted
     command goes on where it stopped, at any number of ranks, and the data set is the same.
@@ -229,8 +229,8 @@ def offline(
             write_json(parts / "chunk.json", min(chunk, math.ceil(len(rows) / WORLD)))
         wait_for(parts / "chunk.json")
         rows, files = arrow.Rows(rows), [parts / "drawn.arrow"]
-        if draw:
-            rows = drawn(parts, draw, rows, model)
+        for name, draw in column.items():
+            rows = drawn(parts, name, draw, rows, model)
         if make:
             files = made(parts, make, rows, model)
         barrier()
@@ -266,8 +266,8 @@ def made(parts: Path, make: Callable, rows: arrow.Rows, model: torch.nn.Module) 
     return [*files.values()]
 
 
-def drawn(parts: Path, draw: Callable, rows: arrow.Rows, model: torch.nn.Module) -> arrow.Rows:
-    """The rows with what `draw` adds to them, in the file parts/drawn.arrow.
+def drawn(parts: Path, name: str, draw: Callable, rows: arrow.Rows, model: torch.nn.Module) -> arrow.Rows:
+    """The rows with the column that `draw` adds to them, in the file parts/drawn.arrow.
 
     Each rank decodes an even share, by length, that is fixed beforehand: a queue from which ranks took as they get free
     would need them to talk while they decode (under --lock-step, in the middle of each other's forwards), and what y
@@ -286,8 +286,8 @@ def drawn(parts: Path, draw: Callable, rows: arrow.Rows, model: torch.nn.Module)
             fresh.clear()
             written = time.time()
 
-        def keep(i: int, found: dict) -> None:
-            fresh.append({"row": left[i]} | found)
+        def keep(i: int, value: list) -> None:
+            fresh.append({"row": left[i], name: value})
             bar.update()
             if time.time() - written > KEEP:
                 flush()
@@ -296,7 +296,9 @@ def drawn(parts: Path, draw: Callable, rows: arrow.Rows, model: torch.nn.Module)
         with tqdm(total=len(share), initial=initial, desc=parts.stem, unit="row", disable=RANK != 0) as bar:
             try:
                 with inference(model):
-                    draw({name: rows.pick(name, left) for name in rows.columns}, keep)
+                    found = draw({name: rows.pick(name, left) for name in rows.columns}, keep)
+                    for i, value in enumerate(found):  # of a draw that does not hand them over one by one
+                        keep(i, value)
             finally:
                 flush()
         barrier()
@@ -313,12 +315,16 @@ def in_order(kept: Path, rows: arrow.Rows, whole: Path) -> None:
     import pyarrow as pa
 
     patience, order = time.time() + 60, np.full(len(rows), -1)
-    while (order < 0).any():  # network file systems lag
-        if time.time() > patience:
-            raise OSError(f"{kept}: rank 0 cannot see what the other ranks drew; all nodes must share the --out folder")
+    while True:
         tables = [arrow.mapped(part) for part in sorted(kept.glob("*.arrow"))]
-        found = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({"row": [], "z": []})
-        order[found["row"].to_numpy()] = np.arange(len(found))
+        if tables:
+            found = pa.concat_tables(tables, promote_options="permissive")
+            order[found["row"].to_numpy()] = np.arange(len(found))
+        if (order >= 0).all():
+            break
+        if time.time() > patience:  # network file systems lag, but not so much
+            raise OSError(f"{kept}: rank 0 cannot see what other ranks drew; all nodes must share the --out folder")
+        time.sleep(0.1)
     seconds = sum(float(some.schema.metadata[b"seconds"]) for some in tables)
     arrow.write(whole, arrow.beside(rows, arrow.Rows(found.drop_columns("row")), order, {"seconds": str(seconds)}))
 

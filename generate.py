@@ -252,8 +252,8 @@ def mix(
 
     An EOS drawn in the middle is a token like any other: Eq. 4 goes on to the end of y, and so does this.
     temperature=0 takes z^j = argmax. β = 0 returns y and costs no forward; β = 1 is plain sampling over y's length, and
-    draws what `generate` draws as its first sample. `ids`, `batch_size`, `stats` and `each` as in `generate` ("forwards"
-    are the passes of "parallel", over all batches).
+    draws what `generate` draws as its first sample. `ids`, `batch_size`, `stats`, `each` as in `generate`; "forwards"
+    are the passes of "parallel", over all batches.
     method: "token" (the definition), "parallel", "segment" (see the top of this file), or "auto".
     """
     if len(prompts) != len(responses):
@@ -457,11 +457,11 @@ def main() -> None:
     check_fits(model, tokens, max(map(max, examples["x"])), "prompt and response")
     begin()
 
-    def draw(rows: dict, keep: Callable[[int, dict], None]) -> None:
-        options.update(eos_token_id=tokenizer.eos_token_id, ids=rows["id"])
-        generate(model, rows["x"], each=lambda i, samples: keep(i, {"z": samples}), **options)
+    def draw(rows: dict, each: Callable[[int, Rows], None]) -> list[Rows]:
+        end = tokenizer.eos_token_id
+        return generate(model, rows["x"], ids=rows["id"], eos_token_id=end, each=each, **options)
 
-    made = offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, draw=draw)
+    made = offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, z=draw)
     if RANK == 0:
         text, partial = {"skip_special_tokens": True}, out.with_name(out.name + ".partial")
         with open(partial, "w", encoding="utf-8") as file:

@@ -78,20 +78,21 @@ def to_last_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[
     return z[:n], z_bar[:n]
 
 
-def draw_z(run: Run, iteration: int, rows: dict[str, Sequence], keep: Callable[[int, dict], None]) -> None:
-    """Hands an answer z ~ p(.|x) of the current model to each row (Algorithm 2, line 9). For `run.offline`."""
+def draw_z(run: Run, iteration: int, rows: dict[str, Sequence], each: Callable[[int, list], None]) -> list:
+    """Answers z ~ p(.|x) of the current model (Algorithm 2, line 9), for `run.offline`: each(i, z) of the i-th row."""
     args = run.args
-    generate.generate(
+    drawn = generate.generate(
         run.model,
         rows["x"],
         ids=rows["id"],
-        each=lambda i, samples: keep(i, {"z": samples[0]}),
+        each=lambda i, samples: each(i, samples[0]),
         max_new_tokens=args.max_response or data.TASKS[args.task].max_response,
         batch_size=args.generation_batch_size,
         eos_token_id=run.tokenizer.eos_token_id,
         temperature=args.temperature,
         seed=fold_in(args.seed, iteration),
     )  # Eq. 2
+    return [samples[0] for samples in drawn]
 
 
 def make_d_r(run: Run, examples: Dataset, iteration: int, pairs: Dataset | None = None) -> Dataset:
@@ -114,7 +115,7 @@ def make_d_r(run: Run, examples: Dataset, iteration: int, pairs: Dataset | None 
     elif args.labels_from == "start" and (iteration > 1 or args.sft_epochs):
         d_r = rac_options.labelled_by_start(run, iteration, examples, draw, label)
     else:
-        d_r = run.offline(name, partial(label, run.model), examples, draw)
+        d_r = run.offline(name, partial(label, run.model), examples, z=draw)
     sift.report(name)
     return d_r
 

@@ -190,7 +190,7 @@ def labelled_by_start(
     name = f"D_r_{iteration}"
     if (run.out / name).exists():
         return run.offline(name, None, examples)
-    drawn = run.offline(f"D_z_{iteration}", None, examples, draw)
+    drawn = run.offline(f"D_z_{iteration}", None, examples, z=draw)
     # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
     start = model_of(run.args)
     return folders.offline(run.out / name, lambda rows: label(start, rows), drawn, start, run.tokenizer)

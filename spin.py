@@ -52,7 +52,7 @@ def make_d_spin(run: Run, examples: Dataset, iteration: int) -> Dataset:
     def make(rows: list[dict]) -> list[dict]:
         return with_log_probs(run.model, rows, run.args.micro_batch_size)
 
-    d_spin = run.offline(f"D_spin_{iteration}", make, examples, partial(draw_z, run, iteration))
+    d_spin = run.offline(f"D_spin_{iteration}", make, examples, z=partial(draw_z, run, iteration))
     equal = sum(row["y"] == row["z"] for row in d_spin) / len(d_spin)  # pairs without a gradient
     print0(f"D_spin_{iteration}: {equal:.2%} of the z are equal to y")
     return d_spin

@@ -104,7 +104,7 @@ def given() -> datasets.Dataset:
 def queue(done: Path, crash_after: int = -1, wait: float = 0.0):
     """A decoder that finishes rows in an order of its own, and notes each."""
 
-    def draw(rows, keep):
+    def draw(rows, each):
         order = sorted(range(len(rows["id"])), key=lambda i: rows["id"][i] * 7919 % 311)
         for k, i in enumerate(order):
             if k == crash_after:
@@ -112,7 +112,8 @@ def queue(done: Path, crash_after: int = -1, wait: float = 0.0):
             time.sleep(wait)
             with open(done, "a") as file:
                 file.write(f"{rows['id'][i]}\n")
-            keep(i, {"z": [*rows["x"][i], rows["id"][i]]})
+            each(i, [*rows["x"][i], rows["id"][i]])
+        return []
 
     return draw
 
@@ -136,15 +137,21 @@ def test_draw_then_make(tmp_path):
     """In order whatever the order of finishing; what was finished before an interruption is not drawn again."""
     done = tmp_path / "done"
     with pytest.raises(KeyboardInterrupt):
-        run_offline(tmp_path / "D", draw=queue(done, crash_after=100))
-    found = run_offline(tmp_path / "D", draw=queue(done))
+        run_offline(tmp_path / "D", z=queue(done, crash_after=100))
+    found = run_offline(tmp_path / "D", z=queue(done))
     assert found.to_list() == expected() and found.column_names == ["id", "x", "z", "z_bar"]
     ids = [int(line) for line in done.read_text().split()]
     assert sorted(ids) == list(range(N))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "done"]
-    assert run_offline(tmp_path / "D", draw=None, make=None).to_list() == found.to_list()  # it is read
-    alone = run_offline(tmp_path / "alone", make=None, draw=queue(done))
+    assert run_offline(tmp_path / "D", make=None).to_list() == found.to_list()  # it is read
+    alone = run_offline(tmp_path / "alone", make=None, z=queue(done))
     assert alone.to_list() == [{key: row[key] for key in ("id", "x", "z")} for row in expected()]
+
+    def at_once(rows, each):
+        return [[*x, i] for x, i in zip(rows["x"], rows["id"], strict=True)]
+
+    listed = run_offline(tmp_path / "listed", make=None, z=at_once)
+    assert listed.to_list() == alone.to_list()
     assert json.loads((tmp_path / "alone" / "source.json").read_text())["seconds"] > 0
 
 
@@ -164,7 +171,7 @@ def test_kills_while_drawing_and_making(tmp_path, monkeypatch, keep):
         if not child:
             code = 1
             try:
-                run_offline(tmp_path / "D", draw=queue(done, wait=0.003), make=slow)
+                run_offline(tmp_path / "D", z=queue(done, wait=0.003), make=slow)
                 code = 0
             except BaseException:
                 traceback.print_exc()
