@@ -11,10 +11,11 @@ Python ints they would be 2 GB in each process. Needs numpy and pyarrow.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import uuid
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,12 @@ def column(values: list) -> pa.Array:
 
 
 def as_ids(kind: pa.DataType) -> pa.DataType:
-    """Lists of int64, at any depth, are lists of int32."""
+    """Lists of int64, at any depth, and of nothing are lists of int32."""
     import pyarrow as pa
 
     if pa.types.is_list(kind):
         return pa.list_(as_ids(kind.value_type))
-    return pa.int32() if pa.types.is_int64(kind) else kind
+    return pa.int32() if pa.types.is_int64(kind) or pa.types.is_null(kind) else kind
 
 
 def table(rows: list[dict]) -> pa.Table:
@@ -57,27 +58,47 @@ def table(rows: list[dict]) -> pa.Table:
     return pa.table({name: column([row[name] for row in rows]) for name in rows[0]})
 
 
+@contextlib.contextmanager
+def writing(file: object, path: Path) -> Iterator[Callable[[pa.Table], None]]:
+    """What writes a table, of one schema with those before it, to an open file. Its OSError names `path`."""
+    import pyarrow as pa
+
+    stream = None
+
+    def put(some: pa.Table) -> None:
+        nonlocal stream
+        with one_line(path):
+            stream = stream or pa.ipc.new_stream(file, some.schema)
+            stream.write_table(some)
+
+    yield put
+    with one_line(path):
+        if stream:
+            stream.close()
+        file.flush()
+
+
+@contextlib.contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error})") from None
+
+
 def write(path: Path, tables: Iterable[pa.Table]) -> None:
     """One table after the other into an Arrow file, under a temporary name until it is whole. Raises OSError."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            stream(file, tables)
+        with one_line(path):
+            file = open(partial, "wb")
+        with file, writing(file, path) as put:
+            for some in tables:
+                put(some)
         partial.rename(path)
-    except OSError as error:
+    except BaseException:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written ({error.strerror or error})") from None
-
-
-def stream(file: object, tables: Iterable[pa.Table]) -> None:
-    """Writes tables of one schema, at least one, to an open file."""
-    import pyarrow as pa
-
-    tables = iter(tables)
-    first = next(tables)
-    with pa.ipc.new_stream(file, first.schema) as writer:
-        for some in itertools.chain([first], tables):
-            writer.write_table(some)
+        raise
 
 
 def mapped(path: Path) -> pa.Table:
