@@ -254,8 +254,9 @@ def examples(
         return kept
 
     flags = (columns, limit, need_response, max_prompt, max_response, max_reference)
-    of_task = (task, spec.prompt, spec.response, spec.before_response, hash_of_functions(convert, pairs, spec.x, spec.f))
-    key = (*of_task, *flags, hash_of_source(rows, source), hash_of_tokenizer(tokenizer))
+    code = hash_of_functions(convert, pairs, spec.x, spec.f)
+    of_task = (task, spec.prompt, spec.response, spec.before_response)
+    key = (code, *of_task, *flags, hash_of_source(rows, source), hash_of_tokenizer(tokenizer))
     found, said = tokenised(key, tokenizer, each_row(task, rows, source, columns, limit, need_response), convert)
     notes = [f"{said.kept} examples of task {task} from {source}", *said.why(whys)]
     if said.cut:

@@ -350,17 +350,32 @@ def read_pairs(folder: str, pair: tuple[str, str], tokenizer: PreTrainedTokenize
         raise ValueError(f"--pairs {folder}: no column {missing}; there are {', '.join(data.column_names)}")
     if source.exists() and made_with != fingerprint(tokenizer):
         raise ValueError(f"--pairs {folder}: was made with another tokenizer than this model's")
+    if not fits(arrow.Rows(data), columns, pair, len(tokenizer)):
+        name_misfit(folder, data, columns, pair, len(tokenizer))
+    return data if "id" in data.column_names else data.add_column("id", list(range(len(data))))
+
+
+def fits(rows: arrow.Rows, columns: set[str], pair: tuple[str, str], vocab: int) -> bool:
+    """Whether the columns hold lists of token ids, none empty, and those of the pair are of equal length."""
+    for name in columns:
+        ids = rows.columns[name]
+        if not (isinstance(ids, arrow.Lists) and ids.lengths.all() and 0 <= ids.least <= ids.largest < vocab):
+            return False
+    return (rows.lengths[pair[0]] == rows.lengths[pair[1]]).all()
+
+
+def name_misfit(folder: str, data: Dataset, columns: set[str], pair: tuple[str, str], vocab: int) -> None:
+    """Raises ValueError that names the first row which does not fit."""
     for i, row in enumerate(data):
         for name in sorted(columns):
             ids = row[name]
             if not (isinstance(ids, list) and ids and all(isinstance(token, int) for token in ids)):
                 raise ValueError(f"--pairs {folder}, row {i}: {name} must be a list of token ids, and not empty")
-            if not 0 <= min(ids) <= max(ids) < len(tokenizer):
+            if not 0 <= min(ids) <= max(ids) < vocab:
                 raise ValueError(
                     f"--pairs {folder}, row {i}: {name} has ids from {min(ids)} to {max(ids)}, the tokenizer's end at "
-                    f"{len(tokenizer) - 1}"
+                    f"{vocab - 1}"
                 )
         a, b = (len(row[name]) for name in pair)
         if a != b:
             raise ValueError(f"--pairs {folder}, row {i}: {pair[0]} has {a} tokens, {pair[1]} has {b}")
-    return data if "id" in data.column_names else data.add_column("id", list(range(len(data))))

@@ -30,6 +30,7 @@ import toy
 from batches import Rows, pad_responses, teacher_forced
 from data import Dataset
 from ddp_utils import Run
+from lib import arrow
 from lib.flags import group, number, positive
 from lib.fsdp import model_of
 from lib.ranks import RANK, all_sum, print0
@@ -89,15 +90,12 @@ def corrections(z: Rows, z_bar: Rows) -> int:
 
 def describe(d_r: Dataset) -> dict[str, float]:
     """What a D_r holds: the share of tokens corrected, of z equal to y, of rows without any correction."""
-    tokens = corrected = equal = untouched = 0
-    for row in d_r:
-        wrong = corrections([row["z"]], [row["z_bar"]])
-        tokens, corrected = tokens + len(row["z"]), corrected + wrong
-        equal, untouched = equal + (row["z"] == row["y"]), untouched + (wrong == 0)
+    y, z, z_bar = (arrow.Rows(d_r).columns[name] for name in ("y", "z", "z_bar"))
+    wrong = arrow.differing(z, z_bar)  # [rows]
     return {
-        "tokens_corrected": corrected / tokens,
-        "z_equals_y": equal / len(d_r),
-        "rows_without_correction": untouched / len(d_r),
+        "tokens_corrected": int(wrong.sum()) / int(z.lengths.sum()),
+        "z_equals_y": int((arrow.differing(z, y) == 0).sum()) / len(d_r),
+        "rows_without_correction": int((wrong == 0).sum()) / len(d_r),
     }
 
 

@@ -29,7 +29,7 @@ import data
 from data import Dataset
 from ddp_utils import Run
 from dpo import preference_phase, with_log_probs
-from lib import stage
+from lib import arrow, stage
 from lib.flags import count, group, number, positive
 from lib.ranks import cli, print0
 from rac import draw_z
@@ -53,7 +53,8 @@ def make_d_spin(run: Run, examples: Dataset, iteration: int) -> Dataset:
         return with_log_probs(run.model, rows, run.args.micro_batch_size)
 
     d_spin = run.offline(f"D_spin_{iteration}", make, examples, z=partial(draw_z, run, iteration))
-    equal = sum(row["y"] == row["z"] for row in d_spin) / len(d_spin)  # pairs without a gradient
+    y, z = (arrow.Rows(d_spin).columns[name] for name in ("y", "z"))
+    equal = (arrow.differing(y, z) == 0).sum() / len(d_spin)  # pairs without a gradient
     print0(f"D_spin_{iteration}: {equal:.2%} of the z are equal to y")
     return d_spin
 

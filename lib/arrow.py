@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -145,6 +146,20 @@ class Lists(Sequence):
         chunk = bisect_right(self.starts, i) - 1
         (offsets, values), j = self.chunks[chunk], i - self.starts[chunk]
         return values[offsets[j] : offsets[j + 1]]
+
+    @property
+    def least(self) -> float:
+        """The smallest value; NaN where one is missing, or is no int."""
+        return self._most(np.min)
+
+    @property
+    def largest(self) -> float:
+        return self._most(np.max)
+
+    def _most(self, function: Callable[[np.ndarray], int]) -> float:
+        used = [values[offsets[0] : offsets[-1]] for offsets, values in self.chunks if offsets[-1] > offsets[0]]
+        ints = all(isinstance(values, np.ndarray) and values.dtype.kind in "iu" for values in used)
+        return function([int(function(values)) for values in used]) if ints and used else math.nan
 
     def values(self, start: int, stop: int) -> np.ndarray:
         """Those of the rows start ... stop - 1, in one array."""

@@ -194,3 +194,44 @@ def test_kills_while_drawing_and_making(tmp_path, monkeypatch, keep):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["D", "done"]
     again = len(done.read_text().split()) - N  # those that were drawn and not yet written when the kill came
     assert again <= kills * (1 if keep == 0 else 40)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+@pytest.mark.parametrize("wrong", "nothing negative large empty missing hole uneven floats text".split())
+def test_pairs_are_checked_as_row_by_row(tmp_path, wrong):
+    """The fast check is taken at its word only where it finds nothing."""
+    rows = [{"x": [3, 4], "y": [5], "z": [6, 7, i % 9], "z_bar": [6, 8, i % 9]} for i in range(2500)]
+    change = {"negative": {"y": [-1]}, "large": {"x": [3, 99999]}, "empty": {"z": [], "z_bar": []}}
+    change |= {"missing": {"y": None}, "hole": {"x": [None, 3]}, "uneven": {"z": [3]}}
+    rows[1700] |= change.get(wrong, {})
+    data = datasets.Dataset.from_list(rows)
+    if wrong in ("floats", "text"):
+        data = data.remove_columns("y").add_column("y", [[0.5]] * 2500 if wrong == "floats" else ["a"] * 2500)
+    data.save_to_disk(tmp_path / "D")
+    columns, pair = {"x", "y", "z", "z_bar"}, ("z", "z_bar")
+    assert folders.fits(arrow.Rows(data), columns, pair, len(TOKENIZER)) == (wrong == "nothing")
+    if wrong == "nothing":
+        assert folders.name_misfit("D", data, columns, pair, len(TOKENIZER)) is None
+        assert folders.read_pairs(str(tmp_path / "D"), pair, TOKENIZER)["id"][:] == list(range(2500))
+        return
+    row = 0 if wrong in ("floats", "text") else 1700
+    with pytest.raises(ValueError, match=f"--pairs .*D, row {row}: "):
+        folders.read_pairs(str(tmp_path / "D"), pair, TOKENIZER)
+
+
+def test_rows_are_checked_against_the_model_as_row_by_row():
+    from lib import fsdp
+
+    model = tiny.model("llama", vocab=60, max_position_embeddings=20)
+    rows = [{"id": i, "x": [5] * (1 + i % 5), "f": [6] * (2 + i % 7), "y": [7] * (1 + i % 9)} for i in range(300)]
+    fsdp.check_rows(model, datasets.Dataset.from_list(rows), max_new_tokens=12)
+    with pytest.raises(ValueError, match="row 6: x and y take up to 21 tokens"):
+        fsdp.check_rows(model, datasets.Dataset.from_list(rows), max_new_tokens=13)
+    for change, message in (({"x": [3] * 18}, "row 40: x and y take up to 23"), ({"f": [60] * 3}, None),
+                            ({"y": [60]}, "row 40: x and y hold token id 60")):  # fmt: skip
+        changed = [row | (change if row["id"] == 40 else {}) for row in rows]
+        if message is None:
+            fsdp.check_rows(model, datasets.Dataset.from_list(changed))  # ids of f are the tokenizer's own
+            continue
+        with pytest.raises(ValueError, match=message):
+            fsdp.check_rows(model, datasets.Dataset.from_list(changed))

@@ -65,7 +65,8 @@ def plain(task, tokenizer, found, max_prompt, max_response, max_reference):
     """The definition: row by row."""
     spec, kept, cut, long_x, long_f = data.TASKS[task], [], 0, [], []
     for row in found:
-        x, y = data.encode(tokenizer, spec.x(row, tokenizer, max_prompt), spec.before_response + row["response"].strip())
+        response = spec.before_response + row["response"].strip()
+        x, y = data.encode(tokenizer, spec.x(row, tokenizer, max_prompt), response)
         example = {"id": row["id"], "x": x, "y": y[:max_response]}
         if max_reference:
             example["f"] = data.tokenize(tokenizer, spec.f(row, tokenizer, max_prompt))
