@@ -80,7 +80,7 @@ def preference_phase(run: Run, name: str, loss: Callable, pairs: Dataset, epochs
     """Trains on pairs (x, y, z, y_logp, z_logp) by dpo_loss or spin_loss: a mean over the pairs of the global batch."""
     beta = run.args.beta
     for step in run.steps(pairs, epochs):
-        n = len(step.rows)  # pairs of the global batch
+        n = len(step.ids)  # pairs of the global batch
         rewards = torch.zeros(2, device=run.device)  # sums of the margins, and of 1(margin > 0)
         for rows in step.micro_batches:
             x, y, z = ([row[column] for row in rows] for column in ("x", "y", "z"))

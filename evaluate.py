@@ -103,16 +103,17 @@ def nll(
 def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, str], t: float) -> tuple[dict, dict]:
     """({accuracy_tT: ...}, details) at temperature t; no metric for tasks whose responses have no answer to check."""
 
-    def make(rows: list[dict]) -> list[dict]:
-        drawn = generate.generate(
-            model, [row["x"] for row in rows], ids=[row["id"] for row in rows], max_new_tokens=args.max_response,
-            eos_token_id=ends(tokenizer), temperature=t, n=args.generations if t else 1,
-            seed=fold_in(args.seed, t), batch_size=args.batch_size,
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
+        return generate.generate(
+            model, rows["x"], ids=rows["id"], each=each,
+            max_new_tokens=args.max_response, eos_token_id=ends(tokenizer), temperature=t,
+            n=args.generations if t else 1, seed=fold_in(args.seed, t), batch_size=args.batch_size,
         )  # fmt: skip
-        texts = [[response_text(tokenizer, z) for z in samples] for samples in drawn]
-        return [{**row, "z": z, "text": text} for row, z, text in zip(rows, drawn, texts, strict=True)]
 
-    rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer)
+    def make(rows: list[dict]) -> list[dict]:
+        return [row | {"text": [response_text(tokenizer, z) for z in row["z"]]} for row in rows]
+
+    rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer, z=draw)
     every = [z for samples in rows["z"] for z in samples]
     details = {
         "tokens": statistics.fmean(map(len, every)),
@@ -175,16 +176,18 @@ def rouge(texts: list[list[str]], references: list[str]) -> dict[str, float]:
 def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     """nll_y, nll_g and exposure_gap, in nats per token of y."""
 
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
+        size = {"ids": rows["id"], "batch_size": args.batch_size}
+        return generate.mix(model, rows["x"], rows["y"], beta=args.beta, each=each, **size)  # Eq. 4
+
     def make(rows: list[dict]) -> list[dict]:
-        x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
-        g = generate.mix(model, x, y, beta=args.beta, ids=ids, batch_size=args.batch_size)  # Eq. 4
+        ids, x, y, g = ([row[name] for row in rows] for name in ("id", "x", "y", "g"))
         on_y, on_g = (nll(model, x, inputs, y, min(8, args.batch_size)) for inputs in (y, g))
         if not math.isfinite(sum(on_y + on_g)):
             raise ValueError(f"--model {args.model}: the loss of rows {ids[0]} to {ids[-1]} is not finite")
-        new = zip(rows, g, on_y, on_g, strict=True)
-        return [{**row, "g": g_i, "nll_y": a, "nll_g": b} for row, g_i, a, b in new]
+        return [row | {"nll_y": a, "nll_g": b} for row, a, b in zip(rows, on_y, on_g, strict=True)]
 
-    rows = folders.offline(Path(args.out) / "exposure", make, examples, model, tokenizer)
+    rows = folders.offline(Path(args.out) / "exposure", make, examples, model, tokenizer, g=draw)
     n = sum(map(len, rows["y"]))
     on_y, on_g = math.fsum(rows["nll_y"]) / n, math.fsum(rows["nll_g"]) / n
     return {"nll_y": on_y, "nll_g": on_g, "exposure_gap": on_g - on_y}
@@ -196,20 +199,30 @@ def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     examples = [row for row in examples if row["y"][-1] in end and sums.has_sum(sums.text_of(tokenizer, row["y"]))]
     if not examples:
         return {}
+    examples = [row | {"prefix": sums.inject_error(tokenizer, row["y"], row["id"])} for row in examples]
+
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
+        drawn = generate.generate(
+            model, [x + prefix for x, prefix in zip(rows["x"], rows["prefix"], strict=True)], temperature=0,
+            max_new_tokens=args.max_response, eos_token_id=end, batch_size=args.batch_size,
+            each=lambda i, samples: each(i, samples[0]),
+        )  # fmt: skip
+        return [samples[0] for samples in drawn]
 
     def make(rows: list[dict]) -> list[dict]:
-        prefixes = [sums.inject_error(tokenizer, row["y"], row["id"]) for row in rows]
-        drawn = generate.generate(
-            model, [row["x"] + prefix for row, prefix in zip(rows, prefixes, strict=True)], temperature=0,
-            max_new_tokens=args.max_response, eos_token_id=end, batch_size=args.batch_size,
-        )  # fmt: skip
-        return [
-            {**row, "prefix": prefix, "z": z, **sums.recovery(tokenizer, row["y"], prefix, z)}
-            for row, prefix, (z,) in zip(rows, prefixes, drawn, strict=True)
-        ]
+        return [row | sums.recovery(tokenizer, row["y"], row["prefix"], row["z"]) for row in rows]
 
-    rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer)
+    rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer, z=draw)
     return {f"recovery_{key}": statistics.fmean(rows[key]) for key in ("restated", "final")}
+
+
+def hash_of(examples: Dataset) -> str:
+    """SHA-256 of json.dumps([[id, x, y], ...]), row by row."""
+    found = hashlib.sha256()
+    for i, row in enumerate(examples):
+        found.update((", " if i else "[").encode() + json.dumps([row["id"], row["x"], row["y"]]).encode())
+    found.update(b"]")
+    return found.hexdigest()
 
 
 def train_seconds(folder: str) -> float | None:
@@ -262,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
     if args.task in ("toy", "sums"):
         tokens = max(len(row["x"] + row["y"]) for row in examples) + args.max_response  # recovery begins inside of y
     check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
-    test_set = hashlib.sha256(json.dumps([[row["id"], row["x"], row["y"]] for row in examples]).encode()).hexdigest()
+    test_set = hash_of(examples)
     metrics, details = {}, {}
     for t in args.temperatures:
         found, details[f"t{t:g}"] = accuracy(args, model, tokenizer, examples, references, t)
@@ -309,15 +322,16 @@ def alpaca(args: argparse.Namespace) -> None:
     check_fits(model, longest, max(max(row["x"]) for row in examples), "instruction and answer")
     begin()
 
-    def make(some: list[dict]) -> list[dict]:
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
         drawn = generate.generate(
-            model, [row["x"] for row in some], ids=[row["id"] for row in some], max_new_tokens=args.max_response,
-            eos_token_id=ends(tokenizer), temperature=args.temperature, seed=args.seed,
-            batch_size=args.batch_size,
+            model, rows["x"], ids=rows["id"], each=lambda i, samples: each(i, samples[0]),
+            max_new_tokens=args.max_response, eos_token_id=ends(tokenizer), temperature=args.temperature,
+            seed=args.seed, batch_size=args.batch_size,
         )  # fmt: skip
-        return [{"id": row["id"], "x": row["x"], "z": z} for row, (z,) in zip(some, drawn, strict=True)]
+        return [samples[0] for samples in drawn]
 
-    made = folders.offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
+    examples = examples.select_columns(["id", "x"])
+    made = folders.offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, z=draw)
     texts = {row["id"]: response_text(tokenizer, row["z"]).strip() for row in made}
     if RANK == 0:
         write_json(out, [

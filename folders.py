@@ -1,7 +1,7 @@
 """The folder --out: whose run it is, what is kept in it, and what is whole.
 
     if not open_out(args): return                                      # this very command has finished there before
-    d_s = offline(out / "D_s_1", make, rows, model, tokenizer)         # what the model makes, kept as it grows
+    d_r = offline(out / "D_r_1", make, rows, model, tokenizer, z=draw)      # what the model makes, kept as it grows
     save_model(model, tokenizer, out)                                  # an ordinary Hugging Face folder
 
 Two rules. What a reader could take for whole is written under another name and renamed, so that a crash never leaves
@@ -21,19 +21,22 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from lib import arrow
 from lib.fsdp import inference
 from lib.kinds import write_folder
 from lib.ranks import RANK, WORLD, barrier, first_line, print0, wait_for
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -250,49 +253,135 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
+KEEP = 30  # seconds that a row drawn may wait in memory for others to be written with
+
+
 def offline(
     folder: Path,
-    make: Callable[[list[dict]], list[dict]],
+    make: Callable[[list[dict]], list[dict]] | None,
     rows: Dataset,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     chunk: int = 128,
+    **column: Callable[[dict[str, Sequence], Callable[[int, list], None]], list],
 ) -> Dataset:
-    """The rows that make(list of rows) returns, in order, as a data set in `folder`.
+    """The rows, in order, with what the model adds to them, as a data set in `folder`.
 
-    Chunks of rows are divided over the ranks and each is kept as soon as it is done, so an interrupted command goes on
-    where it stopped, at any number of ranks. make runs under `inference`.
+    column (z=draw_z, say) is decoded first: z = draw_z(columns, each) gets this rank's share of all the rows at once,
+    so that the decoder's batch refills until they end, and calls each(i, z) as soon as the i-th is finished (or returns
+    all in a list). Then follows make(list of rows) -> list of rows, chunk by chunk: what is in a chunk does not depend
+    on when its rows were finished. Both run under `inference`, and one of them may be left out.
+
+    What is finished is kept in Arrow files, which no rank ever holds as Python objects together; so an interrupted
+    command goes on where it stopped, at any number of ranks, and the data set is the same.
     """
-    from datasets import Dataset, load_from_disk
+    from datasets import load_from_disk
 
     parts = folder.with_name(folder.name + ".parts")
     if not (folder / "dataset_info.json").exists():
         if RANK == 0 and not (parts / "chunk.json").exists():  # as begun: the number of ranks may change
-            parts.mkdir(parents=True, exist_ok=True)
+            (parts / "drawn").mkdir(parents=True, exist_ok=True)
             write_json(parts / "chunk.json", min(chunk, math.ceil(len(rows) / WORLD)))
         wait_for(parts / "chunk.json")
-        chunk = json.loads((parts / "chunk.json").read_text())
-        starts = range(0, len(rows), chunk)
-        with inference(model):
-            for start in tqdm(starts[RANK::WORLD], desc=folder.name, unit="chunk", disable=RANK != 0):
-                part = parts / f"{start:09d}.json"
-                if not part.exists():
-                    started = time.time()
-                    made = make([rows[i] for i in range(start, min(start + chunk, len(rows)))])
-                    write_json(part, {"seconds": time.time() - started, "rows": made})
+        rows, files = arrow.Rows(rows), [parts / "drawn.arrow"]
+        for name, draw in column.items():
+            rows = drawn(parts, name, draw, rows, model)
+        if make:
+            files = made(parts, make, rows, model)
         barrier()
         if RANK == 0:
-            done = [json.loads((parts / f"{start:09d}.json").read_text()) for start in starts]
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            Dataset.from_list([row for part in done for row in part["rows"]]).save_to_disk(partial)
-            seconds = sum(part["seconds"] for part in done) / min(WORLD, len(done))  # of one rank
+            arrow.save(partial, files)
+            seconds = sum(float(arrow.mapped(part).schema.metadata[b"seconds"]) for part in parts.glob("*.arrow"))
+            seconds /= min(WORLD, len(files) if make else len(rows))  # of one rank
             write_json(partial / "source.json", {"tokenizer": fingerprint(tokenizer), "seconds": seconds})
             partial.rename(folder)
         wait_for(folder / "dataset_info.json")
     if RANK == 0:
         shutil.rmtree(parts, ignore_errors=True)
     return load_from_disk(str(folder))
+
+
+def stamped(rows: list[dict], seconds: float) -> pa.Table:
+    """As Arrow, with how long they took."""
+    return arrow.table(rows).replace_schema_metadata({"seconds": str(seconds)})
+
+
+def made(parts: Path, make: Callable, rows: arrow.Rows, model: torch.nn.Module) -> list[Path]:
+    """Chunks of rows through `make`, divided over the ranks, each kept as soon as it is done: the files of all."""
+    chunk = json.loads((parts / "chunk.json").read_text())
+    files = {start: parts / f"{start:09d}.arrow" for start in range(0, len(rows), chunk)}
+    with inference(model):
+        for start in tqdm([*files][RANK::WORLD], desc=parts.stem, unit="chunk", disable=RANK != 0):
+            if not files[start].exists():
+                began = time.time()
+                found = make([rows[i] for i in range(start, min(start + chunk, len(rows)))])
+                arrow.write(files[start], [stamped(found, time.time() - began)])
+    return [*files.values()]
+
+
+def drawn(parts: Path, name: str, draw: Callable, rows: arrow.Rows, model: torch.nn.Module) -> arrow.Rows:
+    """The rows with the column that `draw` adds to them, in the file parts/drawn.arrow.
+
+    Each rank decodes an even share, by length, that is fixed beforehand: a queue from which ranks took as they get free
+    would need them to talk while they decode (under --lock-step, in the middle of each other's forwards), and what y
+    says of how long z will be is nearly as good. (Each of 8 ranks has hundreds of batches before the last one.)"""
+    whole, kept = parts / "drawn.arrow", parts / "drawn"
+    if not whole.exists():
+        there = {i for part in kept.glob("*.arrow") for i in arrow.mapped(part)["row"].to_pylist()}
+        share = np.argsort(-rows.tokens(), kind="stable")[RANK::WORLD].tolist()
+        left = [i for i in share if i not in there]
+        fresh, written = [], time.time()
+
+        def flush() -> None:
+            nonlocal written
+            if fresh:  # a row is drawn once, so the name is new
+                arrow.write(kept / f"{fresh[0]['row']:09d}.arrow", [stamped(fresh, time.time() - written)])
+            fresh.clear()
+            written = time.time()
+
+        def keep(i: int, value: list) -> None:
+            fresh.append({"row": left[i], name: value})
+            bar.update()
+            if time.time() - written > KEEP:
+                flush()
+
+        initial = len(share) - len(left)
+        with tqdm(total=len(share), initial=initial, desc=parts.stem, unit="row", disable=RANK != 0) as bar:
+            try:
+                with inference(model):
+                    found = draw({name: rows.pick(name, left) for name in rows.columns}, keep)
+                    for i, value in enumerate(found):  # of a draw that does not hand them over one by one
+                        keep(i, value)
+            finally:
+                flush()
+        barrier()
+        if RANK == 0:
+            in_order(kept, rows, whole)
+    wait_for(whole)
+    if RANK == 0:
+        shutil.rmtree(kept, ignore_errors=True)
+    return arrow.Rows(arrow.mapped(whole))
+
+
+def in_order(kept: Path, rows: arrow.Rows, whole: Path) -> None:
+    """Writes the rows, with what the files in `kept` say of them in any order, to one file. Raises OSError."""
+    import pyarrow as pa
+
+    patience, order = time.time() + 60, np.full(len(rows), -1)
+    while True:
+        tables = [arrow.mapped(part) for part in sorted(kept.glob("*.arrow"))]
+        if tables:
+            found = pa.concat_tables(tables, promote_options="permissive")
+            order[found["row"].to_numpy()] = np.arange(len(found))
+        if (order >= 0).all():
+            break
+        if time.time() > patience:  # network file systems lag, but not so much
+            raise OSError(f"{kept}: rank 0 cannot see what other ranks drew; all nodes must share the --out folder")
+        time.sleep(0.1)
+    seconds = sum(float(some.schema.metadata[b"seconds"]) for some in tables)
+    arrow.write(whole, arrow.beside(rows, arrow.Rows(found.drop_columns("row")), order, {"seconds": str(seconds)}))
 
 
 def read_pairs(folder: str, pair: tuple[str, str], tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -316,18 +405,33 @@ def read_pairs(folder: str, pair: tuple[str, str], tokenizer: PreTrainedTokenize
         raise ValueError(f"--pairs {folder}: no column {missing}; there are {', '.join(data.column_names)}")
     if source.exists() and made_with != fingerprint(tokenizer):
         raise ValueError(f"--pairs {folder}: was made with another tokenizer than this model's")
-    last = max(tokenizer.get_vocab().values())  # not len: there may be holes
+    vocab = max(tokenizer.get_vocab().values()) + 1  # not len: there may be holes
+    if not fits(arrow.Rows(data), columns, pair, vocab):
+        name_misfit(folder, data, columns, pair, vocab)
+    return data if "id" in data.column_names else data.add_column("id", list(range(len(data))))
+
+
+def fits(rows: arrow.Rows, columns: set[str], pair: tuple[str, str], vocab: int) -> bool:
+    """Whether the columns hold lists of token ids, none empty, and those of the pair are of equal length."""
+    for name in columns:
+        ids = rows.columns[name]
+        if not (isinstance(ids, arrow.Lists) and ids.lengths.all() and 0 <= ids.least <= ids.largest < vocab):
+            return False
+    return (rows.lengths[pair[0]] == rows.lengths[pair[1]]).all()
+
+
+def name_misfit(folder: str, data: Dataset, columns: set[str], pair: tuple[str, str], vocab: int) -> None:
+    """Raises ValueError that names the first row which does not fit."""
     for i, row in enumerate(data):
         for name in sorted(columns):
             ids = row[name]
             if not (isinstance(ids, list) and ids and all(isinstance(token, int) for token in ids)):
                 raise ValueError(f"--pairs {folder}, row {i}: {name} must be a list of token ids, and not empty")
-            if not 0 <= min(ids) <= max(ids) <= last:
+            if not 0 <= min(ids) <= max(ids) < vocab:
                 raise ValueError(
                     f"--pairs {folder}, row {i}: {name} has ids from {min(ids)} to {max(ids)}, the tokenizer's end at "
-                    f"{last}"
+                    f"{vocab - 1}"
                 )
         a, b = (len(row[name]) for name in pair)
         if a != b:
             raise ValueError(f"--pairs {folder}, row {i}: {pair[0]} has {a} tokens, {pair[1]} has {b}")
-    return data if "id" in data.column_names else data.add_column("id", list(range(len(data))))

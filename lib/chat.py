@@ -251,35 +251,40 @@ def _reader(tokenizer, size: int, eos: str | None) -> tuple[object, dict[str, st
 
 
 class Remarks:
-    """What is said of rows as they become tokens: special tokens in their text, reasoning that is not closed."""
+    """What is said of rows as they become tokens: special tokens in their text, reasoning that is not closed.
 
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer, self.unclosed = tokenizer, []
-        self.special: dict[int, list[str]] = {}  # row number to the tokens in its text
+    found: a dict that it is kept in, and that can be written as JSON: {"special": [rows, first row, last row, names],
+    "unclosed": [rows, first row]}."""
+
+    def __init__(self, tokenizer, found: dict[str, list] | None = None) -> None:
+        self.tokenizer, self.found = tokenizer, {} if found is None else found
 
     def read(self, row: dict, columns: tuple[str, ...]) -> dict:
         """The row with its special tokens marked as text, those in these columns counted."""
         text = " ".join(str(row.get(column, "")) for column in columns)
-        if found := specials(self.tokenizer)[1].findall(text):
-            self.special.setdefault(row["row"], []).extend(found)
-            return shield(self.tokenizer, row)
-        return row
+        names = specials(self.tokenizer)[1].findall(text)
+        if not names:
+            return row
+        seen = self.found.setdefault("special", [0, row["row"], None, []])
+        seen[0] += seen[2] != row["row"]  # a row may give several examples
+        seen[2] = row["row"]
+        seen[3] += [name for name in dict.fromkeys(names) if name not in seen[3]]
+        return shield(self.tokenizer, row)
 
     def answered(self, row: dict, prompt: str, response: str) -> None:
         """Looks at a response behind its prompt."""
         opened = THINK.search(prompt)
         if opened and response.strip() and opened[1].replace("<", "</").replace("[", "[/") not in response:
-            self.unclosed.append(row["row"])
+            self.found.setdefault("unclosed", [0, row["row"]])[0] += 1
 
     def notes(self, uses_template: bool) -> list[str]:
         notes = [getattr(self.tokenizer, "end_note", "")] if uses_template else []
-        if self.special:
-            kinds = list(dict.fromkeys(name for names in self.special.values() for name in names))
+        if "special" in self.found:
+            n, first, _, kinds = self.found["special"]
             named = f"{', '.join(kinds[:3])}{', ...' if kinds[3:] else ''}"
-            first = min(self.special)
-            notes.append(f"{len(self.special)} rows hold special tokens in their text ({named}): read as text, "
-                         f"first: row {first}")  # fmt: skip
-        if self.unclosed:
-            notes.append(f"WARNING: {len(self.unclosed)} responses close no reasoning, though the chat template opens "
-                         f"it at the end of x, first: row {self.unclosed[0]}")  # fmt: skip
+            notes.append(f"{n} rows hold special tokens in their text ({named}): read as text, first: row {first}")
+        if "unclosed" in self.found:
+            n, first = self.found["unclosed"]
+            opens = "though the chat template opens it at the end of x"
+            notes.append(f"WARNING: {n} responses close no reasoning, {opens}, first: row {first}")
         return [note for note in notes if note]

@@ -1,57 +1,55 @@
 """Rows of text from a file or a hub set, and what each says: a prompt and its response.
 
-    rows, source = source_rows("train.jsonl", hub=(), split="train")
+    rows, source = source_rows("train.jsonl", hub=(), split="train")        # nothing is read yet
     columns = named("", prompt="question", response="answer")               # which --columns may change
-    found = pairs("gsm8k", rows[0], columns, "train.jsonl, row 0", True)     # [{"prompt": ..., "response": ...}]
+    for i, row in numbered(rows, source, limit=1000):
+        found = pairs("gsm8k", row, columns, f"{source}, row {i}", True)    # [{"prompt": ..., "response": ...}]
 
 Whatever is not as it should be is a ValueError (or OSError) of one line that names the file, the row and the column.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from collections.abc import Iterable, Iterator
 
 Turns = list[dict[str, str]]  # of a dialogue: {"role": …, "content": …}
 
 
 # ---------------------------------------------------------------------------------------------- files
 def read(path: str) -> list[dict]:
-    """The rows of a local .jsonl, .json (a list) or .parquet file. Raises ValueError naming file and line."""
-    if path.endswith(".parquet"):
-        import pyarrow.parquet
+    """All rows of `each_row`."""
+    return list(each_row(path))
 
-        try:
-            table = pyarrow.parquet.read_table(path)  # the file itself: `datasets` would answer from its cache
-            if not len(table):
-                raise ValueError("it has none")
-            return table.to_pylist()
-        except Exception as error:
-            raise ValueError(f"{path}: not a readable parquet file, or without rows ({error})") from None
+
+def each_row(path: str) -> Iterator[dict]:
+    """The rows of a local .jsonl, .json (a list) or .parquet file, read as they are asked for (a .json whole). Raises
+    ValueError naming file and line."""
+    if path.endswith(".parquet"):
+        yield from each_parquet_row(path)
+        return
     try:
         with open(path, encoding="utf-8-sig") as file:
             if path.endswith(".json"):
                 rows = json.load(file)
                 if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
                     raise ValueError(f"{path}: a .json file must hold a list of objects")
-                return rows
-            rows = []
+                yield from rows
+                return
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError as error:
                     reason = getattr(error, "msg", error)
                     raise ValueError(f"{path}, line {number}: not valid JSON ({reason})") from None
-                if not isinstance(rows[-1], dict):
+                if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: must be an object with the columns of the task")
-            return rows
+                yield row
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -60,14 +58,28 @@ def read(path: str) -> list[dict]:
         raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
 
 
-def source_rows(path: str | None, hub: tuple[str, ...], split: str) -> tuple[list[dict] | Dataset, str]:
-    """The rows of a local file, of another hub set, or (path None) of the hub set `hub`; and the source's name."""
+def each_parquet_row(path: str) -> Iterator[dict]:
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if not file.metadata.num_rows:
+                raise ValueError("0 rows")
+            for some in file.iter_batches(1000):
+                yield from some.to_pylist()
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable parquet file, or without rows ({error})") from None
+
+
+def source_rows(path: str | None, hub: tuple[str, ...], split: str) -> tuple[Iterable[dict], str]:
+    """The rows of a local file, of another hub set, or (path None) of the hub set `hub`, and the source's name. A file
+    is read as its rows are asked for."""
     if path == "":
         raise ValueError("--data is empty: give a file or a hub set, or leave the flag out")
     if path and os.path.splitext(path)[1] in (".jsonl", ".json", ".parquet"):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"--data {path}: no such file")
-        rows, source = read(path), path
+        rows, source = each_row(path), path
     else:
         if path and os.path.exists(path):
             raise ValueError(f"--data {path}: must be a .jsonl, .json or .parquet file, or the name of a hub set")
@@ -82,9 +94,16 @@ def source_rows(path: str | None, hub: tuple[str, ...], split: str) -> tuple[lis
             what = f"--data {path}: no such file, and as a hub set it" if path else f"hub set {name} ({split})"
             raise ValueError(f"{what} could not be loaded: {reason}{'' if path else '; --data takes a file'}") from None
         rows = datasets.concatenate_datasets(parts)
-    if not len(rows):
-        raise ValueError(f"{source}: no rows")
     return rows, source
+
+
+def numbered(rows: Iterable[dict], source: str, limit: int) -> Iterator[tuple[int, dict]]:
+    """The rows with their numbers, up to `limit` of them (0: all). Raises ValueError where there are none."""
+    i = -1
+    for i, row in enumerate(itertools.islice(rows, limit or None)):
+        yield i, row
+    if i < 0:
+        raise ValueError(f"{source}: no rows")
 
 
 # ---------------------------------------------------------------------------------------------- columns

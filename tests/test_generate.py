@@ -135,6 +135,25 @@ def test_waiting_prompts_take_the_place_of_finished_ones():
     assert refilled["forwards"] < stats["forwards"]
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_each_prompt_is_handed_over_once_and_as_soon_as_it_is_finished(n):
+    lm, prompts, at, made = model("llama"), ragged(40, 20), [], {}
+    args = {"max_new_tokens": 30, "eos_token_id": [3, 5, 8], "n": n, "batch_size": 4 * n}
+    hook = lm.register_forward_pre_hook(lambda *_: at.append(len(made)))
+
+    def each(i, samples):
+        assert i not in made
+        made[i] = samples
+
+    assert generate(lm, prompts, each=each, **args) == []
+    hook.remove()
+    assert [made[i] for i in range(40)] == generate(lm, prompts, **args)
+    assert 0 < at[len(at) // 2] < 40  # some were handed over while others were still to be decoded
+    made.clear()
+    generate(lm, prompts[:3], each=each, **args | {"max_new_tokens": 0})
+    assert made == {i: [[]] * n for i in range(3)}
+
+
 # ------------------------------------------------------------------------------------------------------------ the cache
 
 

@@ -11,8 +11,8 @@ FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/[!_]*.
 STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (
-    "noise kv_cache ranks flags batches rows latex verify verdicts",
-    "generate answers chat",
+    "noise kv_cache arrow ahead ranks flags batches rows latex verify verdicts",
+    "generate answers chat cache",
     "kinds data sums",
     "fsdp",
     "folders",

@@ -24,6 +24,7 @@ import evaluate
 import sums
 from data import Dataset
 from folders import fingerprint, read_pairs, write_json
+from lib.chat import response_text
 from lib.flags import count, new_parser
 from lib.fsdp import load_tokenizer
 from lib.ranks import cli, print0
@@ -63,7 +64,7 @@ def wrong(d_r: Dataset, tokenizer: object, task: str) -> Dataset:
     find, equal = evaluate.CHECKS[task]
 
     def mask(row: dict) -> dict:
-        y, z = (find(tokenizer.decode(row[name], skip_special_tokens=True)) for name in ("y", "z"))
+        y, z = (find(response_text(tokenizer, row[name])) for name in ("y", "z"))
         return {"z_bar": row["z"] if equal(z, y) else row["z_bar"]}
 
     return d_r.map(mask, load_from_cache_file=False)
