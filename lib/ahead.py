@@ -31,6 +31,9 @@ class Ahead:
     def __getattr__(self, name: str) -> object:
         return getattr(self.tokenizer, name)
 
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
     def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
         key = (text, *options.items())
         if key not in self.known:
