@@ -21,11 +21,11 @@ import torch.nn.functional as F
 import data
 import generate
 from batches import losses
+from core import arrow, stage
+from core.flags import count, group, number, positive
+from core.ranks import cli, fold_in, print0
 from data import Dataset
 from ddp_utils import Run
-from lib import arrow, stage
-from lib.flags import count, group, number, positive
-from lib.ranks import cli, fold_in, print0
 from sft import sft_loss, sft_phase
 
 

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from lib.ahead import Ahead
-from lib.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
-from lib.chat import Remarks, as_turns, chat, ends, shield, token_ids, without_opening
-from lib.rows import named, numbered, optional_texts, pairs, source_rows
+from core.ahead import Ahead
+from core.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
+from core.chat import Remarks, as_turns, chat, ends, shield, token_ids, without_opening
+from core.rows import named, numbered, optional_texts, pairs, source_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -201,7 +201,7 @@ def examples(
 
     Returns a data set with columns id, x, y (it ends as chat.ends says unless cut), and, with max_reference > 0, f (the
     labelling prompt f(x, y)). limit keeps the first rows; a limit of 0 means the task's own. need_response=False takes
-    rows with none, too (y is its end alone then). The examples are made once, and kept (`lib.cache`).
+    rows with none, too (y is its end alone then). The examples are made once, and kept (`core.cache`).
     Raises ValueError.
     """
     spec = TASKS[task]

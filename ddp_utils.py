@@ -36,8 +36,8 @@ import torch
 from tqdm import tqdm
 
 import folders
-from lib import arrow
-from lib.ranks import RANK, WORLD, all_sum, barrier, first_line, fold_in, print0
+from core import arrow
+from core.ranks import RANK, WORLD, all_sum, barrier, first_line, fold_in, print0
 
 if TYPE_CHECKING:
     from datasets import Dataset

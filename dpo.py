@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 
 from batches import Rows, length, losses
+from core import stage
+from core.flags import group, number
+from core.preferences import load_preferences
+from core.ranks import all_sum, cli
 from data import Dataset
 from ddp_utils import Run
-from lib import stage
-from lib.flags import group, number
-from lib.preferences import load_preferences
-from lib.ranks import all_sum, cli
 
 
 def dpo_loss(

@@ -52,10 +52,7 @@ import folders
 import generate
 import sums
 from batches import pad_responses, teacher_forced
-from data import Dataset
-from ddp_utils import Run
-from folders import claim_file, open_out, write_json
-from lib.answers import (
+from core.answers import (
     gsm8k_answer,
     gsm8k_flexible,
     math_answer,
@@ -65,13 +62,16 @@ from lib.answers import (
     optional,
     same,
 )
-from lib.answers import pass_at_k as pass_at_k  # for those who look for it here
-from lib.chat import ends, response_text
-from lib.flags import count, data_flags, group, model_flags, new_parser, number, positive
-from lib.fsdp import check_fits, inference, load_tokenizer, model_of
-from lib.ranks import RANK, WORLD, all_sum, barrier, cli, fold_in, init, print0
-from lib.rows import read
-from lib.tables import cell, table, title
+from core.answers import pass_at_k as pass_at_k  # for those who look for it here
+from core.chat import ends, response_text
+from core.flags import count, data_flags, group, model_flags, new_parser, number, positive
+from core.fsdp import check_fits, inference, load_tokenizer, model_of
+from core.ranks import RANK, WORLD, all_sum, barrier, cli, fold_in, init, print0
+from core.rows import read
+from core.tables import cell, table, title
+from data import Dataset
+from ddp_utils import Run
+from folders import claim_file, open_out, write_json
 
 CHECKS = {  # task: (the answer in a text, are two answers the same)
     "toy": (sums.answer, same),

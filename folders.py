@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import arrow
-from lib.fsdp import inference
-from lib.kinds import write_folder
-from lib.ranks import RANK, WORLD, barrier, first_line, print0, wait_for
+from core import arrow
+from core.fsdp import inference
+from core.kinds import write_folder
+from core.ranks import RANK, WORLD, barrier, first_line, print0, wait_for
 
 if TYPE_CHECKING:
     import pyarrow as pa

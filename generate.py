@@ -48,8 +48,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from lib.kv_cache import Columns, close_gaps, join, keep_rows
-from lib.noise import draw, noise_keys
+from core.kv_cache import Columns, close_gaps, join, keep_rows
+from core.noise import draw, noise_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -436,11 +436,11 @@ def main() -> None:
     import json
 
     import data  # of the command alone: who copies the decoder leaves this function behind
+    from core.chat import ends, response_text
+    from core.flags import count, data_flags, group, new_parser, number, positive
+    from core.fsdp import check_fits, load_tokenizer, model_of
+    from core.ranks import RANK, init, print0
     from folders import claim_file, offline
-    from lib.chat import ends, response_text
-    from lib.flags import count, data_flags, group, new_parser, number, positive
-    from lib.fsdp import check_fits, load_tokenizer, model_of
-    from lib.ranks import RANK, init, print0
 
     p = new_parser(__doc__)
     data_flags(p, sorted(data.TASKS))
@@ -484,6 +484,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from lib.ranks import cli
+    from core.ranks import cli
 
     cli(main)

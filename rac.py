@@ -37,12 +37,12 @@ import data
 import generate
 import rac_options
 from batches import losses, teacher_forced
+from core import stage
+from core.chat import ends
+from core.flags import count, group, number, positive
+from core.ranks import cli, fold_in
 from data import Dataset
 from ddp_utils import Run
-from lib import stage
-from lib.chat import ends
-from lib.flags import count, group, number, positive
-from lib.ranks import cli, fold_in
 from sft import sft_loss, sft_phase
 
 

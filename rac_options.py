@@ -28,13 +28,13 @@ import torch.nn.functional as F
 import folders
 import sums
 from batches import Rows, pad_responses, teacher_forced
+from core import arrow
+from core.flags import group, number, positive
+from core.fsdp import model_of
+from core.ranks import RANK, all_sum, print0
 from data import Dataset
 from ddp_utils import Run
 from generate import known
-from lib import arrow
-from lib.flags import group, number, positive
-from lib.fsdp import model_of
-from lib.ranks import RANK, all_sum, print0
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

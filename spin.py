@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 
 import data
+from core import arrow, stage
+from core.flags import count, group, number, positive
+from core.ranks import cli, print0
 from data import Dataset
 from ddp_utils import Run
 from dpo import preference_phase, with_log_probs
-from lib import arrow, stage
-from lib.flags import count, group, number, positive
-from lib.ranks import cli, print0
 from rac import draw_z
 
 

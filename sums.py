@@ -22,7 +22,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from lib.chat import ends
+from core.chat import ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ import rac
 import scs
 import sft
 import spin
-from lib import ranks
+from core import ranks
 
 RAC = "--temperature 0.7 --task ultrachat --columns response=response --max-reference 120"
 RUNS = {

@@ -1,11 +1,11 @@
-"""lib/answers.py: what a text answers, which answers are the same, and what several samples come to."""
+"""core/answers.py: what a text answers, which answers are the same, and what several samples come to."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lib import answers, verify
+from core import answers, verify
 
 
 # ---------------------------------------------------------------------------------------------- answers

@@ -15,7 +15,7 @@ import pytest
 
 import folders
 import tiny
-from lib import arrow
+from core import arrow
 
 rng = random.Random(0)
 
@@ -220,7 +220,7 @@ def test_pairs_are_checked_as_row_by_row(tmp_path, wrong):
 
 
 def test_rows_are_checked_against_the_model_as_row_by_row():
-    from lib import fsdp
+    from core import fsdp
 
     model = tiny.model("llama", vocab=60, max_position_embeddings=20)
     rows = [{"id": i, "x": [5] * (1 + i % 5), "f": [6] * (2 + i % 7), "y": [7] * (1 + i % 9)} for i in range(300)]

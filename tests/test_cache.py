@@ -16,7 +16,7 @@ import pytest
 
 import data
 import tiny
-from lib import ahead, cache, preferences, rows
+from core import ahead, cache, preferences, rows
 from test_data import CHATML, NO_SYSTEM, byte_tokenizer, turns, write
 
 rng = random.Random(0)
@@ -191,7 +191,7 @@ def test_whatever_the_rows_depend_on_makes_them_anew(tmp_path, place, monkeypatc
     (tmp_path / "moved.jsonl").write_bytes(path.read_bytes())
     assert not is_new(data=str(tmp_path / "moved.jsonl"))  # the content counts, not the name
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    from lib.fsdp import load_tokenizer
+    from core.fsdp import load_tokenizer
 
     other = load_tokenizer(str(tmp_path / "tokenizer"))
     is_new(tokenizer=other)  # read from a folder it may hold more than one built in code
@@ -344,7 +344,7 @@ def test_two_ranks_share_one(tmp_path, place):
 
     path = write(tmp_path / "d.jsonl", [{"prompt": "how", "response": str(i % 50)} for i in range(30)])
     code = (
-        "import json, sys, os, data, tiny; from lib import ranks, ahead; ranks.init(); calls = []\n"
+        "import json, sys, os, data, tiny; from core import ranks, ahead; ranks.init(); calls = []\n"
         "real = ahead.Ahead.answer; ahead.Ahead.answer = lambda self: calls.append(1) or real(self)\n"
         f"found, notes = data.examples('toy', tiny.word_tokenizer(), data={path!r})\n"
         "open(sys.argv[1] + os.environ['RANK'], 'w').write(json.dumps([len(calls), len(found), notes]))\n"

@@ -20,7 +20,7 @@ import sft
 import sums
 import tiny
 import toy
-from lib import answers, fsdp, tables
+from core import answers, fsdp, tables
 from test_training import launch
 
 ROOT = Path(__file__).parent.parent

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers.cache_utils import Cache
 
+from core.kv_cache import Columns, join, keep_rows
+from core.noise import draw, gumbel, noise_keys
 from generate import generate
-from lib.kv_cache import Columns, join, keep_rows
-from lib.noise import draw, gumbel, noise_keys
 from tiny import ARCHS, model
 
 torch.set_num_threads(1)
@@ -163,7 +163,7 @@ def test_where_the_buffers_grow_changes_nothing(arch, free, monkeypatch):
     lm, prompts = model(arch), ragged(12, 20)
     args = {"max_new_tokens": 30, "eos_token_id": [3, 5, 8], "n": 2}
     whole = generate(lm, prompts, **args)
-    monkeypatch.setattr("lib.kv_cache.FREE", free)  # grown at every token, at every second one, …
+    monkeypatch.setattr("core.kv_cache.FREE", free)  # grown at every token, at every second one, …
     assert generate(lm, prompts, **args) == whole
     assert generate(lm, prompts, batch_size=5, **args) == whole
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/[!_]*.py"), *ROOT.glob("tools/[!_]*.py")]}
+FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("core/[!_]*.py"), *ROOT.glob("tools/[!_]*.py")]}
 STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (

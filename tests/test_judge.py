@@ -19,7 +19,7 @@ import torch
 
 import evaluate
 import tiny
-from lib import ranks
+from core import ranks
 from tools import judge, verdicts
 
 ROOT = Path(__file__).parent.parent

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
+from core.noise import draw, noise_keys
 from generate import REDRAW, coins, generate, mix
-from lib.noise import draw, noise_keys
 from test_generate import V, chi_square_ok, next_logits, ragged
 from tiny import ARCHS, model
 

@@ -23,8 +23,8 @@ import rac_options
 import sft
 import spin
 import tiny
-from lib import fsdp, preferences
-from lib.ranks import cli, fold_in
+from core import fsdp, preferences
+from core.ranks import cli, fold_in
 from test_training import largest_difference, launch, log
 
 STAGES = {"sft": sft, "spin": spin, "dpo": dpo, "rac": rac}

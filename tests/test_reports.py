@@ -22,7 +22,7 @@ import generate
 import rac
 import sft
 import tiny
-from lib import chat, fsdp, kinds, preferences, ranks, rows
+from core import chat, fsdp, kinds, preferences, ranks, rows
 
 TEXTS = ["how many eggs does amy have ?", "  So: 3 + 4 = 7.\n\nThen  stop. ", "naïve – ü 😀", "a<b>c", "x"]
 

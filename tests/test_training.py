@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import ddp_utils
 import folders
 import tiny
-from lib import arrow, fsdp, ranks
+from core import arrow, fsdp, ranks
 
 HERE = Path(__file__).parent
 STAGES = ("sft", "scs", "bash", "rac")
@@ -105,7 +105,7 @@ def test_a_step_is_its_definition(tmp_path, monkeypatch, world_size, soft):
     from datasets import Dataset
 
     import batches
-    from lib import stage
+    from core import stage
 
     rng, rows = random.Random(0), []
     for i in range(23):

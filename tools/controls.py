@@ -22,12 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from whatever folder this is called
 import evaluate
 import sums
+from core.chat import response_text
+from core.flags import count, new_parser
+from core.fsdp import load_tokenizer
+from core.ranks import cli, print0
 from data import Dataset
 from folders import fingerprint, read_pairs, write_json
-from lib.chat import response_text
-from lib.flags import count, new_parser
-from lib.fsdp import load_tokenizer
-from lib.ranks import cli, print0
 
 
 def noise(d_s: Dataset, seed: int, anywhere: bool = False) -> Dataset:

@@ -41,10 +41,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from whatever folder this is called
 import data
+from core.flags import count, new_parser, number
+from core.ranks import cli, first_line, fold_in, print0
+from core.rows import read
 from folders import write_json
-from lib.flags import count, new_parser, number
-from lib.ranks import cli, first_line, fold_in, print0
-from lib.rows import read
 from tools.verdicts import Unanswered, answer_in, error_in, fault, preferred, to_the_letter
 
 PROMPT = """\

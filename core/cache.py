@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib import arrow
-from lib.ahead import Ahead
-from lib.ranks import RANK, barrier, print0
+from core import arrow
+from core.ahead import Ahead
+from core.ranks import RANK, barrier, print0
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib import arrow
-from lib.chat import settle_ends
-from lib.kinds import check_kind, named_ends
-from lib.ranks import BACKEND, RANK, WORLD, all_sum, first_line, init, print0
+from core import arrow
+from core.chat import settle_ends
+from core.kinds import check_kind, named_ends
+from core.ranks import BACKEND, RANK, WORLD, all_sum, first_line, init, print0
 
 if TYPE_CHECKING:
     from datasets import Dataset

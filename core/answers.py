@@ -15,8 +15,8 @@ import statistics
 from collections.abc import Callable
 from types import ModuleType
 
-from lib import latex, verify
-from lib.ranks import first_line
+from core import latex, verify
+from core.ranks import first_line
 
 
 def optional(module: str, package: str) -> ModuleType:
@@ -59,7 +59,7 @@ def math_answer(text: str) -> str | None:
 
 
 def math_normal(answer: str) -> str:
-    """One spelling for the ways to write an answer of MATH, by the rules of lib/latex.py: "" where nothing is said."""
+    """One spelling for the ways to write an answer of MATH, by the rules of core/latex.py: "" where nothing is said."""
     return latex.normal(answer)[0]
 
 
@@ -74,7 +74,7 @@ def math_equal(a: str | None, b: str | None) -> bool:
 def math_verified(a: str | None, b: str | None) -> bool:
     """The same by Hugging Face's math-verify, which parses both (a = b in value); `--math-verify`.
 
-    What takes it more than some seconds, as 9^{9^{9}} does, is wrong. See lib/verify.py."""
+    What takes it more than some seconds, as 9^{9^{9}} does, is wrong. See core/verify.py."""
     optional("math_verify", "math-verify")
     return bool(a and b) and (a == b or verify.equal(a, b))
 

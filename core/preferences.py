@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from core.ahead import Ahead
+from core.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
+from core.chat import Remarks, chat, ends
+from core.rows import named, numbered, one_row, optional_texts, source_rows
 from data import TASKS, encode, qa_f
-from lib.ahead import Ahead
-from lib.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
-from lib.chat import Remarks, chat, ends
-from lib.rows import named, numbered, one_row, optional_texts, source_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

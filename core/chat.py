@@ -15,8 +15,8 @@ import functools
 import os
 import re
 
-from lib.ranks import first_line, print0
-from lib.rows import Turns
+from core.ranks import first_line, print0
+from core.rows import Turns
 
 
 # ---------------------------------------------------------------------------------------------- chat templates

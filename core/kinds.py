@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lib.chat import ends
-from lib.ranks import first_line
+from core.chat import ends
+from core.ranks import first_line
 
 # What the decoder's cache holds: keys and values of each token, whatever a layer then looks at.
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}

@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import evaluate
 import sums
+from core.flags import count, data_flags, group, new_parser, number, positive
+from core.fsdp import check_rows, load_tokenizer, model_of
+from core.ranks import WORLD, init, print0
 from data import TASKS, Dataset
 from ddp_utils import Run
 from folders import check_saves, open_out, read_pairs
-from lib.flags import count, data_flags, group, new_parser, number, positive
-from lib.fsdp import check_rows, load_tokenizer, model_of
-from lib.ranks import WORLD, init, print0
 
 
 def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
