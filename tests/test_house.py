@@ -39,7 +39,7 @@ def imported(path: Path) -> set[str]:
                 names |= {alias.name for alias in part.names}
             if isinstance(part, ast.ImportFrom):
                 names |= {part.module} | {f"{part.module}.{alias.name}" for alias in part.names}
-    return {re.sub(r"^(lib|tools)\.", "", name) for name in names} & FILES.keys()
+    return {re.sub(r"^(core|tools)\.", "", name) for name in names} & FILES.keys()
 
 
 def test_every_arrow_runs_down():
@@ -51,7 +51,7 @@ def test_every_arrow_runs_down():
 
 def test_no_circle_through_imports_of_any_kind():
     """Those of main, too: a walk along all arrows never comes back."""
-    names = re.compile(r"^\s*(?:from|import) (?:lib import |lib\.|tools\.)?(\w+)", re.M)
+    names = re.compile(r"^\s*(?:from|import) (?:core import |core\.|tools\.)?(\w+)", re.M)
     arrows = {name: set(names.findall(path.read_text())) & FILES.keys() - {name} for name, path in FILES.items()}
     done: set[str] = set()
 
