@@ -130,6 +130,7 @@ def settle_ends(tokenizer, named: list[int]) -> None:
     end = turn_end(tokenizer, known)
     first = end if end in known else own
     tokenizer.ends = [first, *(token for token in known if token != first)]
+    tokenizer.closing = tuple(token for token in {*known, end} if token in tokenizer.added_tokens_decoder)
     tokenizer.end_note = ""
     word, eos = (tokenizer.convert_ids_to_tokens(token) for token in (end if end is not None else own, own))
     if first != own:
@@ -185,10 +186,10 @@ MARKUP = re.compile(r"</?(think|thinking|thought|reasoning)>|\[/?THINK\]")  # wh
 
 
 @functools.lru_cache(maxsize=4)
-def _specials(tokenizer, size: int, eos: str | None) -> tuple[dict[str, int], re.Pattern]:
-    """The tokenizer's special tokens (name to id), and a pattern that finds one that is not marked as text. size, eos:
-    as a key to the cache."""
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+def _specials(tokenizer, closing: tuple[int, ...], *_) -> tuple[dict[str, int], re.Pattern]:
+    """The tokenizer's special tokens (name to id), with those that close a turn, and a pattern that finds one which is
+    not marked as text. The rest of the arguments is a key to the cache."""
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special or i in closing}
     added |= {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
     added = {name: i for name, i in added.items() if name and not MARKUP.fullmatch(name)}
     names = sorted(map(re.escape, added), key=len, reverse=True)  # the longest first
@@ -196,7 +197,7 @@ def _specials(tokenizer, size: int, eos: str | None) -> tuple[dict[str, int], re
 
 
 def specials(tokenizer) -> tuple[dict[str, int], re.Pattern]:
-    return _specials(tokenizer, len(tokenizer), tokenizer.eos_token)
+    return _specials(tokenizer, getattr(tokenizer, "closing", ()), len(tokenizer), tokenizer.eos_token)
 
 
 def shield(tokenizer, value):
@@ -221,18 +222,25 @@ def token_ids(tokenizer, text: str) -> list[int]:
             ids += [names[found[0]]] if found else []
             at = found.end() if found else at
         return ids
-    reader, stand_ins, back = _reader(tokenizer, len(tokenizer), tokenizer.eos_token)
+    reader, stand_ins, back = _reader(tokenizer, getattr(tokenizer, "closing", ()), len(tokenizer), tokenizer.eos_token)
     text = pattern.sub(lambda found: stand_ins[found[0]], text).replace(MARK, "")
-    ids, special = [], set(names.values())
-    for token in reader.encode(text, add_special_tokens=False).ids:
-        if token in special:  # a vocabulary of words has no other spelling
-            token = tokenizer.unk_token_id
-        ids += [] if token is None else [back.get(token, token)]
+    never = {*names.values()} - {tokenizer.unk_token_id}
+
+    def read(text: str) -> list[int]:
+        return reader.encode(text, add_special_tokens=False).ids
+
+    ids = []
+    for token in read(text):
+        if token in never:  # a vocabulary of words knows its name, too: spelled in two, that is another word
+            name = reader.id_to_token(token)
+            ids += [part for half in (name[:1], name[1:]) for part in read(half) if part not in never]
+        else:
+            ids.append(back.get(token, token))
     return ids
 
 
 @functools.lru_cache(maxsize=4)
-def _reader(tokenizer, size: int, eos: str | None) -> tuple[object, dict[str, str], dict[int, int]]:
+def _reader(tokenizer, *_) -> tuple[object, dict[str, str], dict[int, int]]:
     """A copy of the tokenizer to which special tokens are text, while stand-ins of the same manners are those tokens:
     so a text is cut, and joined, as ever. Its backend, name to stand-in, and the stand-in's id to the token's."""
     from tokenizers import AddedToken

@@ -231,6 +231,22 @@ def test_special_text_is_cut_as_by_a_tokenizer_that_does_not_know_it():
         assert data.encode(own, "x", text)[1][:-1] == twin(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize("named", [["<|im_end|>"], []])
+def test_a_turns_end_that_is_an_added_token_but_no_special_one_is_text_in_data(tmp_path, named):
+    tokenizer = byte_bpe("<|im_start|>", chat_template=CHATML)
+    tokenizer.add_tokens(["<|im_end|>", "<tool>"])
+    end, tool = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<tool>"])
+    chat.settle_ends(tokenizer, [end] if named else [])
+    path = write(tmp_path / "d.jsonl", {"prompt": "a <|im_end|> b", "response": "c<|im_end|> <tool>"})
+    found, notes = data.examples("ultrachat", tokenizer, data=path, columns="response=response")
+    x, y = found["x"][0], found["y"][0]
+    assert x.count(end) == 2 and y.count(end) == len(named) and y[-1] == chat.ends(tokenizer)[0]
+    assert tool in y[:-1] and tokenizer.decode(y[:-1]) == "c<|im_end|> <tool>"
+    assert "(<|im_end|>): read as text" in notes[-1]
+    # an answer is text without its end, which skip_special_tokens would leave
+    assert chat.response_text(tokenizer, y) == "c<|im_end|> <tool>"
+
+
 def test_special_text_is_counted_in_dialogues_summaries_and_pairs(tmp_path):
     import argparse
 
