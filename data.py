@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lib.ahead import Ahead
 from lib.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
+from lib.cut import cut
 from lib.rows import Turns, named, numbered, pairs, source_rows
 
 if TYPE_CHECKING:
@@ -74,14 +75,18 @@ def chat(tokenizer, prompt: str | Turns, system: str = "") -> str:
 def tldr_x(row: dict, tokenizer, limit: int) -> str:
     """The OpenAI TL;DR query. While it is too long the post is cut at its last newline, or loses a character."""
     title = "".join(f"{key.upper()}: {prefix}{row[key]}\n\n" for key, prefix in TLDR_HEAD.items() if row.get(key))
-    post = row["prompt"]
-    while True:
-        text = f"{title}POST: {post}\n\nTL;DR:"
-        over = len(tokenize(tokenizer, text)) - limit
-        if over <= 0 or not post:
-            return text
-        newline = post.rfind("\n")
-        post = post[:newline] if newline >= 0 else post[: -max(1, over // 4)]  # a character is at most 4 tokens
+
+    def query(post: str) -> str:
+        return f"{title}POST: {post}\n\nTL;DR:"
+
+    def over(post: str) -> int:
+        return len(tokenize(tokenizer, query(post))) - limit
+
+    def small(posts: list[str]) -> list[int]:
+        ends = [f"{post}\n\nTL;DR:" for post in posts]
+        return [len(ids) for ids in tokenizer(ends, add_special_tokens=False)["input_ids"]]
+
+    return query(cut(row["prompt"], over, small, limit, len(query(""))))
 
 
 def tldr_f(row: dict, tokenizer, limit: int) -> str:

@@ -11,7 +11,7 @@ FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py")
 STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (
-    "noise kv_cache arrow ahead ranks flags batches rows sums",
+    "noise kv_cache arrow ahead cut ranks flags batches rows sums",
     "generate fsdp answers cache",
     "folders data",
     "ddp_utils tables preferences toy",
