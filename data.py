@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from core.ahead import Ahead
 from core.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
-from core.chat import Remarks, as_turns, chat, ends, shield, token_ids, without_opening
+from core.chat import MARK, Remarks, as_turns, chat, ends, shield, token_ids, without_opening
+from core.cut import cut
 from core.rows import named, numbered, optional_texts, pairs, source_rows
 
 if TYPE_CHECKING:
@@ -44,14 +45,20 @@ TOY_REFERENCE = "reference : {y} question : {x}"  # f(x, y) of the toy task, who
 def tldr_x(row: dict, tokenizer, limit: int) -> str:
     """The OpenAI TL;DR query. While it is too long the post is cut at its last newline, or loses a character."""
     title = "".join(f"{key.upper()}: {prefix}{row[key]}\n\n" for key, prefix in TLDR_HEAD.items() if row.get(key))
-    post = row["prompt"]
-    while True:
-        text = f"{title}POST: {post}\n\nTL;DR:"
-        over = len(tokenize(tokenizer, text)) - limit
-        if over <= 0 or not post:
-            return text
-        newline = post.rfind("\n")
-        post = post[:newline] if newline >= 0 else post[: -max(1, over // 4)]  # a character is at most 4 tokens
+
+    def query(post: str) -> str:
+        return f"{title}POST: {post}\n\nTL;DR:"
+
+    def over(post: str) -> int:
+        return len(tokenize(tokenizer, query(post))) - limit
+
+    def small(posts: list[str]) -> list[int]:
+        texts = [f"{post}\n\nTL;DR:" for post in posts]
+        if any(MARK in text for text in texts):
+            return [len(token_ids(tokenizer, text)) for text in texts]
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    return query(cut(row["prompt"], over, small, limit, len(query(""))))
 
 
 def tldr_f(row: dict, tokenizer, limit: int) -> str:

@@ -34,12 +34,14 @@ class Ahead:
     def __len__(self) -> int:
         return len(self.tokenizer)
 
-    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
-        key = (text, *options.items())
-        if key not in self.known:
-            self.wanted[key] = None
+    def __call__(self, text: str | list[str], **options: object) -> dict[str, list]:
+        """Of one text, or of each of a list."""
+        keys = [(some, *options.items()) for some in ([text] if isinstance(text, str) else text)]
+        if new := [key for key in keys if key not in self.known]:
+            self.wanted |= dict.fromkeys(new)
             raise NotYet
-        return {"input_ids": self.known[key].tolist()}
+        found = [self.known[key].tolist() for key in keys]
+        return {"input_ids": found[0] if isinstance(text, str) else found}
 
     def each(self, function: Callable[[object], object], rows: Sequence) -> list:
         """[function(row) for row in rows]"""

@@ -178,6 +178,42 @@ def test_a_text_is_tokenized_once_and_many_in_a_call(tmp_path):
         batched.each(lambda i: int("row 3" if i == 3 else i), range(5))
 
 
+@pytest.mark.parametrize("name", ["words", "bytes", "merges", "merges, BOS"])
+def test_a_post_is_cut_as_by_definition_in_at_most_twelve_tokenisations(name):
+    """With newlines, blank lines, none, without spaces, in another script; half a word may be more tokens than all."""
+    from core.cut import by_definition
+
+    real, asked, longest = TOKENIZERS[name](), [], 0
+    source = Path(data.__file__).read_text() + Path(cache.__file__).read_text()
+
+    class Counting:
+        def __getattr__(self, key):
+            return getattr(real, key)
+
+        def __call__(self, text, **options):
+            asked.append(text)
+            return real(text, **options)
+
+    for k in range(72):
+        start, size = rng.randrange(len(source) - 4000), rng.randint(10, 4000)
+        post = source[start : start + size]
+        post = [post, post.replace("\n", " "), post.replace("\n", "\n\n  \n"), "".join(post.split()),
+                "".join(rng.choices("日本語の文章です🙂 ", k=size // 4)), " ".join(post.split())][k % 6]  # fmt: skip
+        row, limit = {"prompt": post, "title": "t" * (k % 3)}, rng.choice([5, 30, 100, 300])
+
+        def query(some, title=row["title"]):
+            return (f"TITLE: {title}\n\n" if title else "") + f"POST: {some}\n\nTL;DR:"
+
+        asked.clear()
+        found = data.tldr_x(row, Counting(), limit)
+        slow = by_definition(post, lambda some: len(data.tokenize(real, query(some))) - limit)  # noqa: B023
+        assert found == query(slow), (k, limit)
+        longest = max(longest, len([text for text in asked if text != "a"]))
+        batched = ahead.Ahead(real)
+        assert batched.each(lambda row: data.tldr_x(row, batched, limit), [row]) == [found]  # noqa: B023
+    assert longest <= 12
+
+
 # ------------------------------------------------------------------------------------------------ when it is made anew
 def test_whatever_the_rows_depend_on_makes_them_anew(tmp_path, place, monkeypatch):
     path, given = tmp_path / "d.jsonl", {"max_prompt": 40}
