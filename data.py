@@ -82,9 +82,9 @@ def tldr_x(row: dict, tokenizer, limit: int) -> str:
     def over(post: str) -> int:
         return len(tokenize(tokenizer, query(post))) - limit
 
-    def small(posts: list[str]) -> list[int]:
-        ends = [f"{post}\n\nTL;DR:" for post in posts]
-        return [len(ids) for ids in tokenizer(ends, add_special_tokens=False)["input_ids"]]
+    def small(pieces: list[str], first: bool) -> list[int]:
+        texts = [query(piece) if first else f"{piece}\n\nTL;DR:" for piece in pieces]
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     return query(cut(row["prompt"], over, small, limit, len(query(""))))
 
