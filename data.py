@@ -52,8 +52,8 @@ def tldr_x(row: dict, tokenizer, limit: int) -> str:
     def over(post: str) -> int:
         return len(tokenize(tokenizer, query(post))) - limit
 
-    def small(posts: list[str]) -> list[int]:
-        texts = [f"{post}\n\nTL;DR:" for post in posts]
+    def small(pieces: list[str], first: bool) -> list[int]:
+        texts = [query(piece) if first else f"{piece}\n\nTL;DR:" for piece in pieces]
         if any(MARK in text for text in texts):
             return [len(token_ids(tokenizer, text)) for text in texts]
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

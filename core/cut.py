@@ -14,7 +14,8 @@ import functools
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
-NEAR = 50  # characters that matter to how a word is tokenised
+NEAR = 50  # characters that matter to how the next is tokenised
+LONG = 200  # characters between two ends, all of which may be tried
 
 
 def by_definition(post: str, over: Callable[[str], int]) -> str:
@@ -26,10 +27,10 @@ def by_definition(post: str, over: Callable[[str], int]) -> str:
 
 
 def cut(
-    post: str, over: Callable[[str], int], small: Callable[[list[str]], list[int]], limit: int, around: int
+    post: str, over: Callable[[str], int], small: Callable[[list[str], bool], list[int]], limit: int, around: int
 ) -> str:
-    """`by_definition` in about 6 tokenisations. small: tokens of several short heads, in one call; around: the
-    characters that the query has beside the post."""
+    """`by_definition` in about 6 tokenisations. small: how many tokens each of several short pieces of the post has
+    with what follows it (and, if so, what stands before it), in one call; around: the characters of both."""
     at = functools.cache(lambda size: over(post[:size]))
     if at(len(post)) <= 0 or not post:
         return post
@@ -48,16 +49,16 @@ def cut(
     line = min([*newlines, len(post)])  # not even the first line fits: by words, then by characters
     ends = [i for i in range(1, line) if post[i].isspace() and not post[i - 1].isspace()]
     below, above = between(ends, low, (line, at(line)), at)
-    if above - below > NEAR:  # no word, but a link or code: by its signs
+    if above - below > LONG:  # no word, but a link or code: by its signs
         ends = [i for i in range(max(below, 0) + 1, above) if post[i].isalnum() != post[i - 1].isalnum()]
         inside, above = between(ends, (below, at(below)) if below > 0 else low, (above, at(above)), at)
         below = max(below, inside)
     below = max(below, 0)
-    while above - below > NEAR:  # or a script without spaces
+    while above - below > LONG:  # or a script without spaces
         middle = (below + above) // 2
         below, above = (middle, above) if at(middle) <= 0 else (below, middle)
     start, sizes = max(below - NEAR, 0), range(above - 1, below, -1)
-    less, *more = small([post[start:size] for size in (below, *sizes)])
+    less, *more = small([post[start:size] for size in (below, *sizes)], start == 0)
     for size, n in zip(sizes, more):
         if at(below) + n - less <= 0 and at(size) <= 0:
             return post[:size]
