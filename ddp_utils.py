@@ -100,8 +100,10 @@ class Run:
         if not self._stepping:
             raise SystemExit("stopped; the same command goes on from there" if RANK == 0 else 1)
 
-    def steps(self, rows: Dataset, epochs: float) -> Iterator[Step]:
-        """The steps of one phase over `rows`; each is to end with `update`.
+    def steps(
+        self, rows: Dataset, epochs: float, spread: Callable[[dict], list[dict]] = lambda row: [row]
+    ) -> Iterator[Step]:
+        """The steps of one phase over `rows`; each is to end with `update`. spread: what a step reads of a row.
 
         A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row.
         """
@@ -121,7 +123,8 @@ class Run:
             for k in range(first, steps):
                 self._started = time.time()
                 picked = batch_rows(len(rows), k, args.batch_size, fold_in(args.seed, phase))
-                batch = sorted((rows[i] for i in picked), key=length)  # little padding in a micro-batch
+                batch = [part for i in picked for part in spread(rows[i])]
+                batch.sort(key=length)  # little padding in a micro-batch
                 lr = learning_rate(k, steps, args.lr, args.warmup)
                 self._step = Step(batch, self._micro_batches(batch), lr, k + 1, last=k + 1 == steps)
                 self._left, self._terms = len(self._step.micro_batches), {}

@@ -66,7 +66,7 @@ FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size", 
 def given(args: argparse.Namespace) -> dict[str, object]:
     """What a command was given: its script, its flags, and for the files and folders among them what they hold."""
     flags = {key: value for key, value in vars(args).items() if key not in FREE}
-    paths = {key: Path(flags[key]) for key in ("model", "data", "pairs") if flags.get(key)}
+    paths = {key: Path(flags[key]) for key in ("model", "data", "pairs", "score") if flags.get(key)}
     there = {key: path for key, path in paths.items() if path.is_file() or path.is_dir()}  # no pipe, no hub name
     contents = {f"what --{key} holds": contents_of(path) for key, path in there.items()}
     return {"script": Path(sys.argv[0]).name, **flags, **contents}

@@ -232,9 +232,10 @@ def check_fits(model: torch.nn.Module, tokens: int, largest_id: int, what: str) 
 
 def check_rows(model: torch.nn.Module, rows: Dataset, where: str = "", max_new_tokens: int = 0) -> None:
     """`check_fits` for what a stage reads of each row: x or f(x, y), then y, y_hat, z (RAC's, or DPO's rejected one),
-    z_bar or what will be generated."""
+    z_bar or what will be generated. (BoN's z is a list of samples.)"""
     for row in rows:
         responses = [row[name] for name in ("y", "y_hat", "z", "z_bar") if name in row]
+        responses = [ids for some in responses for ids in (some if some and isinstance(some[0], list) else [some])]
         tokens = max(len(row["x"]), len(row.get("f", []))) + max(max_new_tokens, *map(len, responses))
         largest = max(max(ids, default=0) for ids in (row["x"], *responses))
         check_fits(model, tokens, largest, f"{where}row {row['id']}: x and y")
