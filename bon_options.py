@@ -200,9 +200,11 @@ def report(d_bon: Dataset, best_of: int, path: Path) -> None:
     if found["none_right"] == 1:
         print0("WARNING: no sample of any prompt is right: there is nothing to learn but y")
     elif found["with_a_weight"] < FEW:
+        others = max(0.0, 1 - found["with_a_weight"] - found["none_right"])
         print0(
-            f"WARNING: only {found['with_a_weight']:.1%} of the prompts have a sample to learn from: none is right in "
-            f"{found['none_right']:.1%}, and elsewhere fewer than N - 1 are wrong; a smaller --best-of learns from more"
+            f"WARNING: only {found['with_a_weight']:.1%} of the prompts have a sample to learn from; none is right in "
+            f"{found['none_right']:.1%} (a larger --n may find one), and too few wrong in {others:.1%} (a smaller "
+            "--best-of learns from them)"
         )
     if RANK == 0:
         folders.write_json(path, found)
