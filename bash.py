@@ -13,17 +13,19 @@ Departures from the paper
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 
 import data
 import generate
 from batches import losses
+from core import arrow, stage
+from core.flags import count, group, number, positive
+from core.ranks import cli, fold_in, print0
 from data import Dataset
 from ddp_utils import Run
-from lib import stage
-from lib.flags import count, group, number, positive
-from lib.ranks import cli, fold_in, print0
 from sft import sft_loss, sft_phase
 
 
@@ -43,12 +45,10 @@ def make_d_s(run: Run, examples: Dataset, iteration: int) -> Dataset:
     options = {"beta": args.beta, "temperature": args.temperature, "batch_size": args.generation_batch_size}
     options |= {"seed": fold_in(args.seed, iteration), "stats": stats}
 
-    def make(rows: list[dict]) -> list[dict]:
-        x, y, ids = ([row[name] for row in rows] for name in ("x", "y", "id"))
-        y_hat = generate.mix(run.model, x, y, ids=ids, **options)  # Eq. 4
-        return [row | {"y_hat": mixed} for row, mixed in zip(rows, y_hat, strict=True)]
+    def draw(rows: dict[str, Sequence], each: Callable[[int, list], None]) -> list:
+        return generate.mix(run.model, rows["x"], rows["y"], ids=rows["id"], each=each, **options)  # Eq. 4
 
-    d_s = run.offline(f"D_s_{iteration}", make, examples)
+    d_s = run.offline(f"D_s_{iteration}", None, examples, y_hat=draw)
     if stats["forwards"]:
         print0(f"D_s_{iteration}: drawn in {stats['forwards']} forwards of one process")
     return d_s
@@ -73,8 +73,9 @@ def main() -> None:
     weight = {"bash": 1.0, "sft": args.sft_weight}
     for iteration in range(1, args.iterations + 1):  # line 7
         d_s = pairs if pairs and iteration == 1 else make_d_s(run, examples, iteration)  # line 8
-        differ = sum(a != b for row in d_s for a, b in zip(row["y"], row["y_hat"], strict=True))
-        print0(f"D_s_{iteration}: {differ / sum(map(len, d_s['y'])):.2%} of the tokens of y_hat differ from y")
+        y, y_hat = (arrow.Rows(d_s).columns[name] for name in ("y", "y_hat"))
+        differ = arrow.differing(y, y_hat).sum() / y.lengths.sum()
+        print0(f"D_s_{iteration}: {differ:.2%} of the tokens of y_hat differ from y")
         for step in run.steps(d_s, args.epochs):  # lines 9-10
             n = step.tokens("y")  # of the global batch
             for rows in step.micro_batches:  # this rank's share

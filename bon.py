@@ -40,6 +40,7 @@ Departures and decisions
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -49,13 +50,14 @@ import bon_options
 import data
 import generate
 from batches import losses
+from core import stage
+from core.chat import ends, response_text
+from core.flags import count, group, number, positive
+from core.ranks import cli, fold_in
 from data import Dataset
 from ddp_utils import Run
 from dpo import log_probs
 from evaluate import CHECKS
-from lib import stage
-from lib.flags import count, group, number, positive
-from lib.ranks import cli, fold_in
 from sft import sft_loss, sft_phase
 
 
@@ -109,23 +111,25 @@ def make_d_bon(run: Run, examples: Dataset, iteration: int, best_of: int, refere
     args = run.args
     find, equal = CHECKS[args.task]
 
-    def make(rows: list[dict]) -> list[dict]:
-        x, ids = ([row[name] for row in rows] for name in ("x", "id"))
-        drawn = generate.generate(
-            run.model, x, ids=ids, n=args.n, max_new_tokens=args.max_response or data.TASKS[args.task].max_response,
-            batch_size=args.generation_batch_size, eos_token_id=run.tokenizer.eos_token_id,
+    def draw(rows: dict[str, Sequence], each: Callable[[int, list], None]) -> list:
+        return generate.generate(
+            run.model, rows["x"], ids=rows["id"], n=args.n, each=each,
+            max_new_tokens=args.max_response or data.TASKS[args.task].max_response,
+            batch_size=args.generation_batch_size, eos_token_id=ends(run.tokenizer),
             temperature=args.temperature, seed=fold_in(args.seed, iteration),
         )  # fmt: skip
+
+    def make(rows: list[dict]) -> list[dict]:
         made = []
-        for row, z in zip(rows, drawn, strict=True):
-            answers = [find(run.tokenizer.decode(own, skip_special_tokens=True)) for own in z]
+        for row in rows:
+            answers = [find(response_text(run.tokenizer, own)) for own in row["z"]]
             right = [bool(equal(answer, find(references[row["id"]]))) for answer in answers]
             found = {"answer": [answer or "" for answer in answers], "right": right, "c": sum(right)}
-            kept = {name: row[name] for name in ("id", "x", "y")}
-            made.append(kept | {"z": z, "weight": weights(args, best_of, right), **found})
+            kept = {name: row[name] for name in ("id", "x", "y", "z")}
+            made.append(kept | {"weight": weights(args, best_of, right), **found})
         return made
 
-    return run.offline(f"D_bon_{iteration}", make, examples)
+    return run.offline(f"D_bon_{iteration}", make, examples, z=draw)
 
 
 def rows_of(prompt: dict) -> list[dict]:

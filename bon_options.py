@@ -29,12 +29,12 @@ import torch
 
 import data
 import folders
+from core.answers import by_score, pass_at_k
+from core.flags import group
+from core.ranks import RANK, print0
+from core.rows import read_scores
 from data import Dataset
 from evaluate import CHECKS
-from lib.answers import by_score, pass_at_k
-from lib.flags import group
-from lib.ranks import RANK, print0
-from lib.rows import read_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

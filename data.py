@@ -19,13 +19,14 @@ Decisions that the paper leaves open
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-
-from lib.rows import Turns, named, pairs, source_rows
+from core.ahead import Ahead
+from core.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
+from core.chat import Remarks, as_turns, chat, ends, shield, token_ids, without_opening
+from core.rows import named, numbered, optional_texts, pairs, source_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -40,37 +41,6 @@ TOY_REFERENCE = "reference : {y} question : {x}"  # f(x, y) of the toy task, who
 
 
 # ---------------------------------------------------------------------------------------------- prompt templates
-def as_turns(prompt: str | Turns) -> Turns:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def chat(tokenizer, prompt: str | Turns, system: str = "") -> str:
-    """A question, or a dialogue that ends with one, ready for the answer: through the tokenizer's own chat template,
-    else in the Zephyr form of A.1. `system` follows the dialogue's own system text.
-
-    >>> chat(tokenizer_without_template, "Why?")
-    '<|system|>\\n</s>\\n<|user|>\\nWhy?</s>\\n<|assistant|>\\n'
-    """
-    turns = as_turns(prompt)
-    if turns[0]["role"] == "system":
-        system = f"{turns[0]['content']}\n\n{system}" if system else turns[0]["content"]
-        turns = turns[1:]
-    whole = [{"role": "system", "content": system}, *turns]
-    if not tokenizer.chat_template:
-        text = "".join(f"<|{turn['role']}|>\n{turn['content']}{tokenizer.eos_token}\n" for turn in whole)
-        return f"{text}<|assistant|>\n"
-
-    def render(messages: Turns) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    try:
-        return render(whole)
-    except Exception as error:  # jinja2's TemplateError: some templates (Gemma, Mistral-Instruct) know no system turn
-        if type(error).__module__.split(".")[0] != "jinja2":
-            raise
-        return render([*as_turns(f"{system}\n\n{turns[0]['content']}".strip()), *turns[1:]])
-
-
 def tldr_x(row: dict, tokenizer, limit: int) -> str:
     """The OpenAI TL;DR query. While it is too long the post is cut at its last newline, or loses a character."""
     title = "".join(f"{key.upper()}: {prefix}{row[key]}\n\n" for key, prefix in TLDR_HEAD.items() if row.get(key))
@@ -116,6 +86,7 @@ class Task:
     x: Callable[[dict, object, int], str]
     f: Callable[[dict, object, int], str]
     before_response: str = ""  # text between prompt and response that belongs to the response
+    optional: tuple[str, ...] = ()  # columns that x and f(x, y) take in where a row has them
 
 
 def math_x(row: dict, tokenizer, limit: int) -> str:
@@ -134,7 +105,7 @@ TASKS = {
     ),
     "tldr": Task(
         ("vwxyzjn/summarize_from_feedback_tldr_3_filtered",), ("train", "test"), "post", "summary", 512, 53,
-        x=tldr_x, f=tldr_f, before_response=" ",
+        x=tldr_x, f=tldr_f, before_response=" ", optional=tuple(TLDR_HEAD),
     ),
     "ultrachat": Task(
         ("HuggingFaceH4/ultrachat_200k",), ("train_sft", "test_sft"), "prompt", "messages", 1024, 1024,
@@ -165,25 +136,36 @@ def load_rows(
     columns: e.g. "prompt=instruction+input,response=output" for files with other names; a + joins with a blank line.
     Raises ValueError (or OSError) with one line that names the file, row or column.
     """
+    return list(each_row(task, *opened(task, path, split), columns, limit, need_response))
+
+
+def opened(task: str, path: str | None, split: str) -> tuple[Iterable[dict], str]:
+    """The source's rows, not yet read, and its name."""
     spec = TASKS[task]
     if path is None and not spec.hub:
         raise ValueError(f"--task {task} needs --data; `python toy.py data --out DIR` writes it")
-    rows, source = source_rows(path, spec.hub, spec.splits[split == "test"])
+    return source_rows(path, spec.hub, spec.splits[split == "test"])
+
+
+def each_row(
+    task: str, rows: Iterable[dict], source: str, columns: str, limit: int, need_response: bool
+) -> Iterator[dict]:
+    """Those of `load_rows`, one at a time."""
+    spec, n = TASKS[task], 0
     wanted = named(columns, prompt=spec.prompt, response=spec.response)
     used = {name for names in wanted.values() for name in names.split("+")}  # no template may read the response twice
-    found = []
-    for i in range(min(len(rows), limit or len(rows))):
-        row, where = rows[i], f"{source}, row {i}"
+    for i, row in numbered(rows, source, limit):
         others = {name: value for name, value in row.items() if name not in used}
-        for pair in pairs(task, row, wanted, where, need_response):
-            found.append({**others, **pair, "id": len(found), "row": i})
-    return found
+        others |= optional_texts(others, spec.optional, f"{source}, row {i}")
+        for pair in pairs(task, row, wanted, f"{source}, row {i}", need_response):
+            yield {**others, **pair, "id": n, "row": i}
+            n += 1
 
 
 # ---------------------------------------------------------------------------------------------- token ids
 def tokenize(tokenizer, text: str) -> list[int]:
     """Token ids, with exactly one BOS where the tokenizer would put one itself (a chat template may bring its own)."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos] and tokenizer("a")["input_ids"][:1] == [bos]:
         ids = [bos, *ids]
@@ -191,12 +173,15 @@ def tokenize(tokenizer, text: str) -> list[int]:
 
 
 def encode(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
-    """x, and y ending in EOS. The two are cut apart after joint tokenisation where the border falls between tokens, so
-    that y begins as it would in running text (SentencePiece puts a space before a text that stands alone)."""
+    """x, and y with the token that ends it (chat.ends). The two are cut apart after joint tokenisation where the border
+    falls between tokens, so that y begins as it would in running text (SentencePiece puts a space before a text that
+    stands alone). Special tokens are tokens in the prompt, where a template has put them (chat.shield marks those of
+    data), and text in the response. A <think> at the end of the prompt is not opened again."""
+    response = shield(tokenizer, without_opening(prompt, response))
     x = tokenize(tokenizer, prompt)
     both = tokenize(tokenizer, prompt + response)
-    y = both[len(x) :] if both[: len(x)] == x else tokenizer(response, add_special_tokens=False)["input_ids"]
-    return x, [*y, tokenizer.eos_token_id]
+    y = both[len(x) :] if both[: len(x)] == x else token_ids(tokenizer, response)
+    return x, [*y, ends(tokenizer)[0]]
 
 
 def examples(
@@ -214,42 +199,52 @@ def examples(
 ) -> tuple[Dataset, list[str]]:
     """Tokenised examples, and notes on what was cut or left out, for the caller to print.
 
-    Returns a data set with columns id, x, y (ends in EOS unless cut), and, with max_reference > 0, f (the labelling
-    prompt f(x, y)). limit keeps the first rows; a limit of 0 means the task's own. need_response=False takes rows with
-    none, too (y is EOS alone then). Raises ValueError.
+    Returns a data set with columns id, x, y (it ends as chat.ends says unless cut), and, with max_reference > 0, f (the
+    labelling prompt f(x, y)). limit keeps the first rows; a limit of 0 means the task's own. need_response=False takes
+    rows with none, too (y is its end alone then). The examples are made once, and kept (`core.cache`).
+    Raises ValueError.
     """
-    from datasets import Dataset
-
     spec = TASKS[task]
     max_prompt, max_response = max_prompt or spec.max_prompt, max_response or spec.max_response
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token: a model could not learn to stop; set tokenizer.eos_token")
-    rows = load_rows(task, data, split, columns, limit, need_response)
-    kept, cut, long_x, long_f = [], 0, [], []
-    for row in rows:
-        response = spec.before_response + row["response"].strip()
-        x, y = encode(tokenizer, spec.x(row, tokenizer, max_prompt), response)
-        example = {"id": row["id"], "x": x, "y": y[:max_response]}
+    rows, source = opened(task, data, split)
+    whys = {"x": f"x over {max_prompt} tokens (--max-prompt)"}
+    whys["f"] = f"f(x, y) over {max_reference} tokens (--max-reference)"
+
+    def convert(tokenizer: Ahead, some: list[dict], said: Said) -> list[dict]:
+        remarks = Remarks(tokenizer, said.remarks)
+        some = [remarks.read(row, ("prompt", "response", *spec.optional)) for row in some]
+        texts = tokenizer.each(lambda row: spec.x(row, tokenizer, max_prompt), some)
+        texts = [(x, spec.before_response + row["response"].strip()) for x, row in zip(texts, some)]
+        for row, text in zip(some, texts):
+            remarks.answered(row, *text)
+        found, references = tokenizer.each(lambda text: encode(tokenizer, *text), texts), [[]] * len(some)
         if max_reference:
-            example["f"] = tokenize(tokenizer, spec.f(row, tokenizer, max_prompt))
-        if len(x) > max_prompt:
-            long_x.append(row["row"])
-        elif max_reference and len(example["f"]) > max_reference:
-            long_f.append(row["row"])
-        else:
-            cut += len(y) > max_response
-            kept.append({"id": row["id"]} | {k: np.asarray(v, np.int32) for k, v in example.items() if k != "id"})
-    notes = [f"{len(kept)} examples of task {task} from {data or spec.hub[0]}"]
-    if long_x:
-        notes.append(f"{len(long_x)} rows left out: x over {max_prompt} tokens (--max-prompt), first: row {long_x[0]}")
-    if long_f:
-        over = f"f(x, y) over {max_reference} tokens (--max-reference)"
-        notes.append(f"{len(long_f)} rows left out: {over}, first: row {long_f[0]}")
-    if cut:
-        notes.append(f"{cut} responses cut at {max_response} tokens (--max-response), without EOS")
-    if not kept:
+            texts = tokenizer.each(lambda row: spec.f(row, tokenizer, max_prompt), some)
+            references = tokenizer.each(lambda text: tokenize(tokenizer, text), texts)
+        kept = []
+        for row, (x, y), f in zip(some, found, references):
+            if len(x) > max_prompt:
+                said.left_out("x", row["row"])
+            elif max_reference and len(f) > max_reference:
+                said.left_out("f", row["row"])
+            else:
+                said.cut += len(y) > max_response
+                kept.append({"id": row["id"], "x": x, "y": y[:max_response]} | ({"f": f} if max_reference else {}))
+        return kept
+
+    flags = (columns, limit, need_response, max_prompt, max_response, max_reference)
+    code = hash_of_functions(convert, pairs, chat, spec.x, spec.f)
+    of_task = (task, spec.prompt, spec.response, spec.before_response)
+    key = (code, *of_task, *flags, hash_of_source(rows, source), hash_of_tokenizer(tokenizer), ends(tokenizer))
+    found, said = tokenised(key, tokenizer, each_row(task, rows, source, columns, limit, need_response), convert)
+    notes = [f"{said.kept} examples of task {task} from {source}", *said.why(whys)]
+    if said.cut:
+        notes.append(f"{said.cut} responses cut at {max_response} tokens (--max-response), without EOS")
+    if not said.kept:
         raise ValueError(f"no example is left: {'; '.join(notes[1:])}")
-    return Dataset.from_list(kept), notes
+    return found, notes + Remarks(tokenizer, said.remarks).notes(uses_template=spec.f is qa_f)
 
 
 def load(

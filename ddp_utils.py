@@ -9,8 +9,8 @@ A stage reads:
         run.update()                                                # clip, AdamW, schedule, log, checkpoint
     run.finish()                                                    # a Hugging Face folder in --out
 
-Exact normalisation: every rank sees the rows of the whole global batch, so it divides its sums by the *global* counts,
-and no rank, micro-batch or ragged length weighs more than another.
+Exact normalisation: every rank sees the lengths of the whole global batch, so it divides its sums by the *global*
+counts, and no rank, micro-batch or ragged length weighs more than another. The rows themselves it reads for its share.
 
 A step depends on nothing but the weights, the batch and the seed: there is no dropout, the batch is a function of
 (seed, epoch, step), and every draw has a seed of its own. So a checkpoint needs weights, moments and a position,
@@ -27,16 +27,18 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import folders
 from batches import length
-from lib.ranks import RANK, WORLD, all_sum, barrier, first_line, fold_in, print0
+from core import arrow
+from core.ranks import RANK, WORLD, all_sum, barrier, first_line, fold_in, print0
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,15 +67,17 @@ def batch_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
 class Step:
     """One step of the optimiser."""
 
-    rows: list[dict]  # of the global batch, shortest first
-    micro_batches: list[list[dict]]  # this rank's share of them, up to --micro-batch-size rows in one pass
+    rows: Sequence[dict]  # of the global batch, shortest first, each made when asked for
+    ids: list[int]  # of these rows
+    lengths: dict[str, np.ndarray]  # of their lists, by column
+    micro_batches: list[list[dict]]  # this rank's share of the rows, up to --micro-batch-size of them in one pass
     lr: float
     number: int  # within the phase, from 1
     last: bool  # of the phase
 
     def tokens(self, column: str) -> int:
         """Tokens of a column in the global batch: what the sums of all ranks and micro-batches are divided by."""
-        return sum(len(row[column]) for row in self.rows)
+        return int(self.lengths[column].sum())
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -100,10 +104,8 @@ class Run:
         if not self._stepping:
             raise SystemExit("stopped; the same command goes on from there" if RANK == 0 else 1)
 
-    def steps(
-        self, rows: Dataset, epochs: float, spread: Callable[[dict], list[dict]] = lambda row: [row]
-    ) -> Iterator[Step]:
-        """The steps of one phase over `rows`; each is to end with `update`. spread: what a step reads of a row.
+    def steps(self, rows: Dataset, epochs: float, spread: Callable[[dict], list[dict]] | None = None) -> Iterator[Step]:
+        """The steps of one phase over `rows`; each is to end with `update`. spread: the rows that a step reads for one.
 
         A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row.
         """
@@ -117,16 +119,17 @@ class Run:
         first = self.resume["step"] if phase == self.resume["phase"] else 0
         if first:
             self._load_optimizer()
-        self._stepping = True
+        self._stepping, rows = True, arrow.Rows(rows)
+        tokens = rows.tokens()
         title = f"{Path(sys.argv[0]).stem} {self.phase}"
         with tqdm(total=steps, initial=first, desc=title, disable=RANK != 0) as self._bar:
             for k in range(first, steps):
                 self._started = time.time()
-                picked = batch_rows(len(rows), k, args.batch_size, fold_in(args.seed, phase))
-                batch = [part for i in picked for part in spread(rows[i])]
-                batch.sort(key=length)  # little padding in a micro-batch
+                picked = np.array(batch_rows(len(rows), k, args.batch_size, fold_in(args.seed, phase)))
+                batch, ids, lengths = self._batch(rows, tokens, picked, spread)
                 lr = learning_rate(k, steps, args.lr, args.warmup)
-                self._step = Step(batch, self._micro_batches(batch), lr, k + 1, last=k + 1 == steps)
+                mine = self._micro_batches(batch)
+                self._step = Step(batch, ids, lengths, mine, lr, k + 1, last=k + 1 == steps)
                 self._left, self._terms = len(self._step.micro_batches), {}
                 yield self._step
                 if self._step:
@@ -137,13 +140,29 @@ class Run:
         if self.stopped:
             raise SystemExit(f"stopped after step {k + 1}; the same command goes on from there" if RANK == 0 else 1)
 
-    def _micro_batches(self, batch: list[dict]) -> list[list[dict]]:
+    @staticmethod
+    def _batch(
+        rows: arrow.Rows, tokens: np.ndarray, picked: np.ndarray, spread: Callable[[dict], list[dict]] | None
+    ) -> tuple[Sequence[dict], list[int], dict[str, np.ndarray]]:
+        """The rows of a global batch, their ids and the lengths of their lists; by length, so that there is little
+        padding in a micro-batch."""
+        if spread is None:
+            picked = picked[np.argsort(tokens[picked], kind="stable")]
+            lengths = {name: found[picked] for name, found in rows.lengths.items()}
+            return arrow.Picked(rows, picked.tolist()), rows.pick("id", picked), lengths
+        batch = sorted((part for i in picked.tolist() for part in spread(rows[i])), key=length)
+        lists = [name for name, value in batch[0].items() if isinstance(value, list)]
+        lengths = {name: np.array([len(row[name]) for row in batch]) for name in lists}
+        return batch, [row["id"] for row in batch], lengths
+
+    def _micro_batches(self, batch: Sequence[dict]) -> list[list[dict]]:
         """This rank's share of a global batch. Ranks with fewer rows get some with empty sequences, so that all take
         part in every pass: a forward of a sharded model waits for all of them."""
         share, size = math.ceil(len(batch) / WORLD), self.args.micro_batch_size
-        empty = {key: value if key in ("id", "x") else [] for key, value in batch[0].items()}
-        mine = batch[RANK::WORLD]
-        mine += [empty] * (share - len(mine))
+        mine = [batch[i] for i in range(RANK, len(batch), WORLD)]
+        if len(mine) < share:
+            empty = {key: value if key in ("id", "x") else [] for key, value in batch[0].items()}
+            mine += [empty] * (share - len(mine))
         return [mine[i : i + size] for i in range(0, share, size)]
 
     def backward(self, **terms: torch.Tensor) -> None:
@@ -201,7 +220,7 @@ class Run:
         if not math.isfinite(norm + sum(terms.values())):
             self._bar.close()  # so that the message has a line of its own
             ranks = [rank for rank in range(WORLD) if bad[rank]] or range(WORLD)  # all, where only the gradient is bad
-            where = "; ".join(f"rank {r}, rows {[row.get('id') for row in step.rows[r::WORLD]]}" for r in ranks)
+            where = "; ".join(f"rank {r}, rows {step.ids[r::WORLD]}" for r in ranks)
             raise ValueError(
                 f"step {self.total + 1}: loss {terms} or gradient norm {norm} is not finite ({where}); "
                 "the last checkpoint is kept"
@@ -215,14 +234,17 @@ class Run:
             except OSError as error:
                 raise OSError(f"{self.out / 'log.jsonl'} cannot be written ({error.strerror})") from None
 
-    def offline(self, name: str, make: Callable[[list[dict]], list[dict]], rows: Dataset) -> Dataset:
-        """The data set --out/name that make(rows) gives by the current weights; see folders.offline.
+    def offline(
+        self, name: str, make: Callable[[list[dict]], list[dict]] | None, rows: Dataset, **column: Callable
+    ) -> Dataset:
+        """The data set --out/name, by the current weights, of the rows with a column drawn and what make adds; see
+        folders.offline.
 
         Raises ValueError where it is gone, and the weights that made it have moved on."""
         begun = (self.phase, 0) < (self.resume["phase"], self.resume["step"])
         if begun and not (self.out / name).exists():
             raise ValueError(f"{self.out / name} is gone, and cannot be made again by weights that have moved on")
-        return folders.offline(self.out / name, make, rows, self.model, self.tokenizer)
+        return folders.offline(self.out / name, make, rows, self.model, self.tokenizer, **column)
 
     def finish(self) -> None:
         """Saves a Hugging Face folder and removes the checkpoints. config.json, moved in last, marks the end."""

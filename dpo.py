@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 
 from batches import Rows, length, losses
+from core import stage
+from core.flags import group, number
+from core.preferences import load_preferences
+from core.ranks import all_sum, cli
 from data import Dataset
 from ddp_utils import Run
-from lib import stage
-from lib.flags import group, number
-from lib.preferences import load_preferences
-from lib.ranks import all_sum, cli
 
 
 def dpo_loss(
@@ -80,7 +80,7 @@ def preference_phase(run: Run, name: str, loss: Callable, pairs: Dataset, epochs
     """Trains on pairs (x, y, z, y_logp, z_logp) by dpo_loss or spin_loss: a mean over the pairs of the global batch."""
     beta = run.args.beta
     for step in run.steps(pairs, epochs):
-        n = len(step.rows)  # pairs of the global batch
+        n = len(step.ids)  # pairs of the global batch
         rewards = torch.zeros(2, device=run.device)  # sums of the margins, and of 1(margin > 0)
         for rows in step.micro_batches:
             x, y, z = ([row[column] for row in rows] for column in ("x", "y", "z"))

@@ -14,7 +14,8 @@
                                  independent generations at others. toy, sums, gsm8k: strict; math: the last \\boxed{}
     flexible_t0, ...             gsm8k: the last number in the text counts, as lm-evaluation-harness's flexible-extract
     pass@K_tT, maj@K_tT          for --k K: is one of K right (unbiased); is the most frequent answer of the first K
-    rouge1_tT, rouge2_, rougeL_  tldr: F1 by Google's rouge-score, no stemming (Tables 1 and 7)
+    rouge1_tT, rouge2_, rougeL_  tldr: F1 by Google's rouge-score, no stemming (Tables 1 and 7). Its tokeniser knows a-z
+                                 and 0-9 alone: references of other letters are counted, said and left out
     win_rate_tT                  tldr: by judge.py, share of the parsed verdicts that prefer the model to the reference
     nll_y, nll_g, exposure_gap   nats per token of y given (x, y^{<j}); given (x, g^{<j}), g the model's mixed prefix of
                                  Eq. 4; the second less the first
@@ -42,6 +43,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -54,10 +56,7 @@ import folders
 import generate
 import sums
 from batches import pad_responses, teacher_forced
-from data import Dataset
-from ddp_utils import Run
-from folders import claim_file, open_out, write_json
-from lib.answers import (
+from core.answers import (
     best_of_k,
     gsm8k_answer,
     gsm8k_flexible,
@@ -68,12 +67,16 @@ from lib.answers import (
     optional,
     same,
 )
-from lib.answers import pass_at_k as pass_at_k  # for those who look for it here
-from lib.flags import count, data_flags, group, model_flags, new_parser, number, positive
-from lib.fsdp import check_fits, inference, load_tokenizer, model_of
-from lib.ranks import RANK, WORLD, all_sum, barrier, cli, fold_in, init, print0
-from lib.rows import read, read_scores
-from lib.tables import cell, table, title
+from core.answers import pass_at_k as pass_at_k  # for those who look for it here
+from core.chat import ends, response_text
+from core.flags import count, data_flags, group, model_flags, new_parser, number, positive
+from core.fsdp import check_fits, inference, load_tokenizer, model_of
+from core.ranks import RANK, WORLD, all_sum, barrier, cli, fold_in, init, print0
+from core.rows import read, read_scores
+from core.tables import cell, table, title
+from data import Dataset
+from ddp_utils import Run
+from folders import claim_file, open_out, write_json
 
 CHECKS = {  # task: (the answer in a text, are two answers the same)
     "toy": (sums.answer, same),
@@ -105,24 +108,28 @@ def nll(
 def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, str], t: float) -> tuple[dict, dict]:
     """({accuracy_tT: ...}, details) at temperature t; no metric for tasks whose responses have no answer to check."""
 
-    def make(rows: list[dict]) -> list[dict]:
-        drawn = generate.generate(
-            model, [row["x"] for row in rows], ids=[row["id"] for row in rows], max_new_tokens=args.max_response,
-            eos_token_id=tokenizer.eos_token_id, temperature=t, n=args.generations if t else 1,
-            seed=fold_in(args.seed, t), batch_size=args.batch_size,
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
+        return generate.generate(
+            model, rows["x"], ids=rows["id"], each=each,
+            max_new_tokens=args.max_response, eos_token_id=ends(tokenizer), temperature=t,
+            n=args.generations if t else 1, seed=fold_in(args.seed, t), batch_size=args.batch_size,
         )  # fmt: skip
-        texts = [[tokenizer.decode(z, skip_special_tokens=True) for z in samples] for samples in drawn]
-        return [{**row, "z": z, "text": text} for row, z, text in zip(rows, drawn, texts, strict=True)]
 
-    rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer)
+    def make(rows: list[dict]) -> list[dict]:
+        return [row | {"text": [response_text(tokenizer, z) for z in row["z"]]} for row in rows]
+
+    rows = folders.offline(Path(args.out) / f"generations-t{t:g}", make, examples, model, tokenizer, z=draw)
     every = [z for samples in rows["z"] for z in samples]
     details = {
         "tokens": statistics.fmean(map(len, every)),
-        "without_eos": statistics.fmean(z[-1:] != [tokenizer.eos_token_id] for z in every),
+        "without_eos": statistics.fmean(not z or z[-1] not in ends(tokenizer) for z in every),
     }
     if args.task == "tldr":
         details["empty"] = statistics.fmean(not text.strip() for texts in rows["text"] for text in texts)
-        found = rouge(rows["text"], [references[i] for i in rows["id"]])
+        true, every = [references[i] for i in rows["id"]], [text for texts in rows["text"] for text in texts]
+        details["unread_references"] = hardly_read("references", true, "they are left out")
+        details["unread_texts"] = hardly_read(f"texts at T = {t:g}", every, "they score 0, or nearly")
+        found = rouge(rows["text"], true)
         return {f"{key}_t{t:g}": value for key, value in found.items()}, details
     if args.task not in CHECKS:
         return {}, details
@@ -132,7 +139,7 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
     details["without_answer"] = statistics.fmean(a is None for some in answers for a in some)
     metrics = {f"accuracy_t{t:g}": statistics.fmean(shares)}
     if args.task == "gsm8k":
-        loose = [[gsm8k_flexible(text) == b for text in texts] for texts, b in zip(rows["text"], true)]
+        loose = [[same(gsm8k_flexible(text), b) for text in texts] for texts, b in zip(rows["text"], true)]
         metrics[f"flexible_t{t:g}"] = statistics.fmean(good for goods in loose for good in goods)
     if (n := len(shares)) > 1:
         ks = sorted({*(2**i for i in range(n.bit_length())), n, *(args.k or [])})
@@ -152,27 +159,45 @@ def checked(args: argparse.Namespace, rows: Dataset, references: dict[int, str])
     return equal, true, answers, [[equal(a, b) for a in some] for some, b in zip(answers, true, strict=True)]
 
 
+def unread(text: str) -> bool:
+    """Does ROUGE's tokeniser, which keeps a-z and 0-9 alone, lose all of a text or most letters, as of Chinese?"""
+    letters, kept = sum(map(str.isalpha, text)), len(re.findall("[a-zA-Z]", text))
+    return letters > 2 * kept or bool(text.strip() and not re.search("[a-zA-Z0-9]", text))
+
+
+def hardly_read(what: str, texts: list[str], then: str) -> int:
+    """How many of them are unread, said in one line."""
+    if lost := sum(map(unread, texts)):
+        print0(f"ROUGE's tokeniser knows a-z and 0-9 alone, and hardly reads {lost} of {len(texts)} {what}: {then}")
+    return lost
+
+
 def rouge(texts: list[list[str]], references: list[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L F1 by Google's rouge-score without stemming, in the mean; an empty text has 0."""
+    """ROUGE-1, -2 and -L F1 by Google's rouge-score without stemming, in the mean; an empty text has 0.
+
+    An unread reference is left out, for with it ROUGE is 0 whatever the text; {} where there is no other."""
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = optional("rouge_score.rouge_scorer", "rouge-score").RougeScorer(kinds, use_stemmer=False)
-    found = [scorer.score(true, text) for some, true in zip(texts, references, strict=True) for text in some]
-    return {kind: statistics.fmean(one[kind].fmeasure for one in found) for kind in kinds}
+    pairs = [(some, true) for some, true in zip(texts, references, strict=True) if not unread(true)]
+    found = [scorer.score(true, text) for some, true in pairs for text in some]
+    return {kind: statistics.fmean(one[kind].fmeasure for one in found) for kind in kinds} if found else {}
 
 
 def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     """nll_y, nll_g and exposure_gap, in nats per token of y."""
 
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
+        size = {"ids": rows["id"], "batch_size": args.batch_size}
+        return generate.mix(model, rows["x"], rows["y"], beta=args.beta, each=each, **size)  # Eq. 4
+
     def make(rows: list[dict]) -> list[dict]:
-        x, y, ids = [row["x"] for row in rows], [row["y"] for row in rows], [row["id"] for row in rows]
-        g = generate.mix(model, x, y, beta=args.beta, ids=ids, batch_size=args.batch_size)  # Eq. 4
+        ids, x, y, g = ([row[name] for row in rows] for name in ("id", "x", "y", "g"))
         on_y, on_g = (nll(model, x, inputs, y, min(8, args.batch_size)) for inputs in (y, g))
         if not math.isfinite(sum(on_y + on_g)):
             raise ValueError(f"--model {args.model}: the loss of rows {ids[0]} to {ids[-1]} is not finite")
-        new = zip(rows, g, on_y, on_g, strict=True)
-        return [{**row, "g": g_i, "nll_y": a, "nll_g": b} for row, g_i, a, b in new]
+        return [row | {"nll_y": a, "nll_g": b} for row, a, b in zip(rows, on_y, on_g, strict=True)]
 
-    rows = folders.offline(Path(args.out) / "exposure", make, examples, model, tokenizer)
+    rows = folders.offline(Path(args.out) / "exposure", make, examples, model, tokenizer, g=draw)
     n = sum(map(len, rows["y"]))
     on_y, on_g = math.fsum(rows["nll_y"]) / n, math.fsum(rows["nll_g"]) / n
     return {"nll_y": on_y, "nll_g": on_g, "exposure_gap": on_g - on_y}
@@ -180,24 +205,34 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
 
 def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     """toy, sums: after a wrong result, the share of sums put right when repeated, and of right final answers."""
-    end = tokenizer.eos_token_id
-    examples = [row for row in examples if row["y"][-1] == end and sums.has_sum(sums.text_of(tokenizer, row["y"]))]
+    end = ends(tokenizer)
+    examples = [row for row in examples if row["y"][-1] in end and sums.has_sum(sums.text_of(tokenizer, row["y"]))]
     if not examples:
         return {}
+    examples = [row | {"prefix": sums.inject_error(tokenizer, row["y"], row["id"])} for row in examples]
+
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
+        drawn = generate.generate(
+            model, [x + prefix for x, prefix in zip(rows["x"], rows["prefix"], strict=True)], temperature=0,
+            max_new_tokens=args.max_response, eos_token_id=end, batch_size=args.batch_size,
+            each=lambda i, samples: each(i, samples[0]),
+        )  # fmt: skip
+        return [samples[0] for samples in drawn]
 
     def make(rows: list[dict]) -> list[dict]:
-        prefixes = [sums.inject_error(tokenizer, row["y"], row["id"]) for row in rows]
-        drawn = generate.generate(
-            model, [row["x"] + prefix for row, prefix in zip(rows, prefixes, strict=True)], temperature=0,
-            max_new_tokens=args.max_response, eos_token_id=end, batch_size=args.batch_size,
-        )  # fmt: skip
-        return [
-            {**row, "prefix": prefix, "z": z, **sums.recovery(tokenizer, row["y"], prefix, z)}
-            for row, prefix, (z,) in zip(rows, prefixes, drawn, strict=True)
-        ]
+        return [row | sums.recovery(tokenizer, row["y"], row["prefix"], row["z"]) for row in rows]
 
-    rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer)
+    rows = folders.offline(Path(args.out) / "recovery", make, examples, model, tokenizer, z=draw)
     return {f"recovery_{key}": statistics.fmean(rows[key]) for key in ("restated", "final")}
+
+
+def hash_of(examples: Dataset) -> str:
+    """SHA-256 of json.dumps([[id, x, y], ...]), row by row."""
+    found = hashlib.sha256()
+    for i, row in enumerate(examples):
+        found.update((", " if i else "[").encode() + json.dumps([row["id"], row["x"], row["y"]]).encode())
+    found.update(b"]")
+    return found.hexdigest()
 
 
 def train_seconds(folder: str) -> float | None:
@@ -245,12 +280,12 @@ def run(args: argparse.Namespace) -> None:
         if silent:
             print0(f"{len(silent)} references without an answer count as never reached, first: row {silent[0]}")
 
-    model = model_of(args)
+    model = model_of(args, tokenizer)
     tokens = max(len(row["x"]) + max(len(row["y"]), args.max_response * bool(args.temperatures)) for row in examples)
     if args.task in ("toy", "sums"):
         tokens = max(len(row["x"] + row["y"]) for row in examples) + args.max_response  # recovery begins inside of y
     check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
-    test_set = hashlib.sha256(json.dumps([[row["id"], row["x"], row["y"]] for row in examples]).encode()).hexdigest()
+    test_set = hash_of(examples)
     metrics, details = {}, {}
     for t in args.temperatures:
         found, details[f"t{t:g}"] = accuracy(args, model, tokenizer, examples, references, t)
@@ -320,21 +355,22 @@ def alpaca(args: argparse.Namespace) -> None:
         print0(note)
     if len(examples) < len(rows):
         raise ValueError(f"--data {args.data}: alpaca_eval needs an answer to each instruction; raise --max-prompt")
-    model = model_of(args)
+    model = model_of(args, tokenizer)
     longest = max(len(row["x"]) for row in examples) + args.max_response
     check_fits(model, longest, max(max(row["x"]) for row in examples), "instruction and answer")
     begin()
 
-    def make(some: list[dict]) -> list[dict]:
+    def draw(rows: dict, each: Callable[[int, list], None]) -> list:
         drawn = generate.generate(
-            model, [row["x"] for row in some], ids=[row["id"] for row in some], max_new_tokens=args.max_response,
-            eos_token_id=tokenizer.eos_token_id, temperature=args.temperature, seed=args.seed,
-            batch_size=args.batch_size,
+            model, rows["x"], ids=rows["id"], each=lambda i, samples: each(i, samples[0]),
+            max_new_tokens=args.max_response, eos_token_id=ends(tokenizer), temperature=args.temperature,
+            seed=args.seed, batch_size=args.batch_size,
         )  # fmt: skip
-        return [{"id": row["id"], "x": row["x"], "z": z} for row, (z,) in zip(some, drawn, strict=True)]
+        return [samples[0] for samples in drawn]
 
-    made = folders.offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
-    texts = {row["id"]: tokenizer.decode(row["z"], skip_special_tokens=True).strip() for row in made}
+    examples = examples.select_columns(["id", "x"])
+    made = folders.offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, z=draw)
+    texts = {row["id"]: response_text(tokenizer, row["z"]).strip() for row in made}
     if RANK == 0:
         write_json(out, [
             {"instruction": row["prompt"], "output": texts[row["id"]], "generator": args.name,
@@ -362,6 +398,9 @@ def watch(run: Run) -> Callable[[], dict[str, float]]:
     references = {row["id"]: row["response"] for row in rows}
     spec = data.TASKS[args.task]
     new = (args.max_response or spec.max_response) if args.task in (*CHECKS, "tldr") else 0
+    if args.task == "tldr":
+        lost = hardly_read("references of --eval-data", [*references.values()], "they count as 0 in held_rougeL")
+        new = new if lost < len(references) else 0
     tokens = max(len(row["x"]) + max(len(row["y"]), new) for row in examples)
     check_fits(run.model, tokens, max(max(row["x"] + row["y"]) for row in examples), "--eval-data: x and y")
     name = {"tldr": "rougeL"}.get(args.task, "accuracy") if new else None
@@ -372,14 +411,14 @@ def watch(run: Run) -> Callable[[], dict[str, float]]:
     size = {"ids": ids, "batch_size": getattr(args, "generation_batch_size", 64)}
 
     def score(z: list[int], reference: str) -> float:
-        text = run.tokenizer.decode(z, skip_special_tokens=True)
+        text = response_text(run.tokenizer, z)
         if args.task == "tldr":
-            return rouge([[text]], [reference])["rougeL"]
+            return rouge([[text]], [reference]).get("rougeL", 0.0)
         find, equal = CHECKS[args.task]
         return float(equal(find(text), find(reference)))
 
     def measure() -> dict[str, float]:
-        end, drawn = run.tokenizer.eos_token_id, []
+        end, drawn = ends(run.tokenizer), []
         with inference(run.model):
             g = generate.mix(run.model, x, y, beta=0.2, **size)  # Eq. 4; one beta for all stages, to compare
             on_y, on_g = (sum(nll(run.model, x, inputs, y, args.micro_batch_size)) for inputs in (y, g))

@@ -38,7 +38,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -46,8 +48,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from lib.kv_cache import Columns, close_gaps, join, keep_rows
-from lib.noise import draw, noise_keys
+from core.kv_cache import Columns, close_gaps, join, keep_rows
+from core.noise import draw, noise_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,13 +100,20 @@ def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, at:
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     inputs |= {cache_name(type(model)): cache, "use_cache": True}
     if at is None:
-        return model(**inputs, logits_to_keep=1).logits[:, -1]  # [B, V]
+        return known(model, model(**inputs, logits_to_keep=1).logits[:, -1])  # [B, V]
     # [B, Q, d] -> [1, N, d] at the door of the output matrix
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][at][None],))
     try:
-        return model(**inputs).logits[0]  # [N, V]
+        return known(model, model(**inputs).logits[0])  # [N, V]
     finally:
         hook.remove()
+
+
+def known(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """The logits [..., V], -inf (in place) at the ids in `model.absent`, if any: a vocabulary that is padded beyond the
+    tokenizer's has ids that are no token."""
+    absent = getattr(model, "absent", None)
+    return logits if absent is None else logits.index_fill_(-1, absent, -torch.inf)
 
 
 @functools.cache
@@ -119,6 +128,8 @@ def prefill(model: PreTrainedModel, prompts: Rows, device: torch.device) -> tupl
     ids, mask = pad([prompt for prompt, new in zip(prompts, different) if new], device, left=True)  # [B', P]
     cache = Cache(layer_class_to_replicate=Columns)
     logits, length = forward(model, ids, mask, cache), mask.sum(1)  # [B', V], [B']
+    if any(layer.get_seq_length() != ids.shape[1] for layer in cache.layers) or not cache.layers:
+        raise ValueError(f"{type(model).__name__} does not keep keys and values of each token, and cannot be decoded")
     if logits.isnan().any():
         raise ValueError("the model's logits are NaN: its weights are broken, or too large for --dtype")
     if not all(different):
@@ -158,10 +169,11 @@ def generate(
     ids: list[int] | None = None,
     batch_size: int = 64,
     stats: dict | None = None,
+    each: Callable[[int, Rows], None] | None = None,
 ) -> list[Rows]:
     """z ~ p(.|x), token by token (Eq. 2): n samples for each prompt.
 
-    prompts         lists of token ids, none empty
+    prompts         lists of token ids, none empty; any sequence, which may make them when asked
     eos_token_id    one id or several that end a sample (kept as its last token), or None: always max_new_tokens tokens
     temperature     0 is greedy; then `n` samples are n times the same
     top_p, top_k    1.0 and 0 are off; with both, the top k are cut first
@@ -169,6 +181,7 @@ def generate(
                     hands their indices along draws what one process draws
     batch_size      how many samples are decoded at once (memory and speed, not the result)
     stats           a dict that receives "forwards" and "columns" (tokens fed, padding included)
+    each            called with a prompt's index and its samples as soon as these are finished; nothing is returned then
 
     Returns, in the order of the prompts, a list of n lists of token ids for each. Raises ValueError on bad input.
     """
@@ -178,18 +191,26 @@ def generate(
     if top_k < 0 or n < 1:
         raise ValueError(f"top_k must be at least 0 and n at least 1, not {top_k} and {n}")
     eos = set() if eos_token_id is None else {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-    out = [[[] for _ in range(n)] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together, the largest first
-    waiting = [(i, sample) for i in order for sample in range(n)] if max_new_tokens else []
+    out: list[Rows] = [[] for _ in range(0 if each else len(prompts))]
+    each = each or out.__setitem__
+    lengths = [len(prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])  # like lengths together, the largest first
+    waiting = deque((i, sample) for i in order for sample in range(n))
+    if not max_new_tokens:
+        waiting.clear()
+        for i in order:
+            each(i, [[] for _ in range(n)])
+    samples: dict[int, dict[int, list[int]]] = {}  # of the prompts that are not finished, those that are
     batch: list[tuple[int, int]] = []  # the rows being decoded: (prompt, sample), and for each of them
     logits = length = step = tape = cache = None  # [B, V], tokens cached [B], tokens drawn [B], [B, max_new_tokens]
     with decoding(model, stats) as device:
         ends = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
         while waiting or batch:
             if waiting and len(batch) <= batch_size * REFILL:  # there is room for rows that wait
-                new, waiting = waiting[: batch_size - len(batch)], waiting[batch_size - len(batch) :]
+                new = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(batch)))]
+                texts = {i: prompts[i] for i, _ in new}
                 keys = noise_keys(seed, [ids[i] for i, _ in new], [s for _, s in new], max_new_tokens).to(device)
-                new_logits, new_length, new_cache = prefill(model, [prompts[i] for i, _ in new], device)
+                new_logits, new_length, new_cache = prefill(model, [texts[i] for i, _ in new], device)
                 state = (new_logits, new_length, torch.zeros_like(new_length), keys)
                 if batch:
                     join(cache, new_cache)
@@ -206,7 +227,10 @@ def generate(
             if any(done):  # finished rows leave
                 for (i, s), row, drawn, gone in zip(batch, tape, step, done):
                     if gone:
-                        out[i][s] = row[:drawn].tolist()
+                        found = samples.setdefault(i, {})
+                        found[s] = row[:drawn].tolist()
+                        if len(found) == n:
+                            each(i, [tokens for _, tokens in sorted(samples.pop(i).items())])
                 order = keep_rows(cache, [b for b, gone in enumerate(done) if not gone], length)
                 z, length, step, tape = (t[order] for t in (z, length, step, tape))
                 batch = [batch[b] for b in order]
@@ -231,13 +255,14 @@ def mix(
     batch_size: int = 64,
     method: str = "auto",
     stats: dict | None = None,
+    each: Callable[[int, list[int]], None] | None = None,
 ) -> Rows:
     """g^j = z^j ~ p(.|x, g^{<j}) with probability β, else y^j (Eq. 4): each g is as long as its response y.
 
     An EOS drawn in the middle is a token like any other: Eq. 4 goes on to the end of y, and so does this.
     temperature=0 takes z^j = argmax. β = 0 returns y and costs no forward; β = 1 is plain sampling over y's length, and
-    draws what `generate` draws as its first sample. `ids`, `batch_size`, `stats` as in `generate` ("forwards" are the
-    passes of "parallel", over all batches).
+    draws what `generate` draws as its first sample. `ids`, `batch_size`, `stats`, `each` as in `generate`; "forwards"
+    are the passes of "parallel", over all batches.
     method: "token" (the definition), "parallel", "segment" (see the top of this file), or "auto".
     """
     if len(prompts) != len(responses):
@@ -247,16 +272,24 @@ def mix(
     if method not in (*METHODS, "auto"):
         raise ValueError(f"method must be one of auto, {', '.join(METHODS)}, not {method!r}")
     ids = check(model, prompts, [len(y) for y in responses], ids, temperature, batch_size)
-    out = [list(y) for y in responses]
-    drawn = [coins(seed, i, len(y), beta) for i, y in zip(ids, responses)]  # per row: the positions j with g^j = z^j
-    todo = [i for i in range(len(out)) if drawn[i]]  # the others are y already
-    todo.sort(key=lambda i: (-drawn[i][-1], -len(prompts[i])))
+    out: Rows = [[] for _ in range(0 if each else len(prompts))]
+    each = each or out.__setitem__
+    # per row: the positions j with g^j = z^j (arrays: there may be many rows)
+    drawn = [array("i", coins(seed, i, len(y), beta)) for i, y in zip(ids, responses)]
+    lengths = [len(prompt) for prompt in prompts]
+    todo = [i for i, positions in enumerate(drawn) if positions]
+    todo.sort(key=lambda i: (-drawn[i][-1], -lengths[i]))
+    for i, positions in enumerate(drawn):
+        if not positions:
+            each(i, list(responses[i]))  # y already
     with decoding(model, stats) as device:
         for batch in (todo[b : b + batch_size] for b in range(0, len(todo), batch_size)):
             keys = noise_keys(seed, [ids[i] for i in batch], [0] * len(batch), drawn[batch[0]][-1] + 1).to(device)
             run = METHODS[choose(beta) if method == "auto" else method]
-            x, g, positions = ([rows[i] for i in batch] for rows in (prompts, out, drawn))
+            x, g, positions = ([list(rows[i]) for i in batch] for rows in (prompts, responses, drawn))
             run(model, x, g, positions, keys, temperature)
+            for i, row in zip(batch, g):
+                each(i, row)
     return out
 
 
@@ -403,10 +436,11 @@ def main() -> None:
     import json
 
     import data  # of the command alone: who copies the decoder leaves this function behind
+    from core.chat import ends, response_text
+    from core.flags import count, data_flags, group, new_parser, number, positive
+    from core.fsdp import check_fits, load_tokenizer, model_of
+    from core.ranks import RANK, init, print0
     from folders import claim_file, offline
-    from lib.flags import count, data_flags, group, new_parser, number, positive
-    from lib.fsdp import check_fits, load_tokenizer, model_of
-    from lib.ranks import RANK, init, print0
 
     p = new_parser(__doc__)
     data_flags(p, sorted(data.TASKS))
@@ -426,37 +460,30 @@ def main() -> None:
     examples, notes = data.load(args, tokenizer, args.split, need_response=False)
     for note in notes:
         print0(note)
-    model = model_of(args)
+    model = model_of(args, tokenizer)
     options = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "n", "seed", "batch_size")}
     options["max_new_tokens"] = args.max_response or data.TASKS[args.task].max_response
     tokens = max(map(len, examples["x"])) + options["max_new_tokens"]
     check_fits(model, tokens, max(map(max, examples["x"])), "prompt and response")
     begin()
 
-    def make(rows: list[dict]) -> list[dict]:
-        ids, x = [row["id"] for row in rows], [row["x"] for row in rows]
-        z = generate(model, x, eos_token_id=tokenizer.eos_token_id, ids=ids, **options)
-        return [row | {"z": samples} for row, samples in zip(rows, z)]
+    def draw(rows: dict, each: Callable[[int, Rows], None]) -> list[Rows]:
+        return generate(model, rows["x"], ids=rows["id"], eos_token_id=ends(tokenizer), each=each, **options)
 
-    made = offline(out.with_name(out.name + ".data"), make, examples, model, tokenizer)
+    made = offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, z=draw)
     if RANK == 0:
-        text = {"skip_special_tokens": True}
-        lines = [
-            {
-                "id": row["id"],
-                "prompt": tokenizer.decode(row["x"]),
-                "reference": tokenizer.decode(row["y"], **text),
-                "responses": [tokenizer.decode(z, **text) for z in row["z"]],
-            }
-            for row in made
-        ]
         partial = out.with_name(out.name + ".partial")
-        partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        with open(partial, "w", encoding="utf-8") as file:
+            for row in made:
+                line = {"id": row["id"], "prompt": tokenizer.decode(row["x"])}
+                line["reference"] = response_text(tokenizer, row["y"])
+                line["responses"] = [response_text(tokenizer, z) for z in row["z"]]
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         partial.rename(out)
     print0(f"{len(made)} prompts, {args.n} responses each: {out} (token ids in {out}.data)")
 
 
 if __name__ == "__main__":
-    from lib.ranks import cli
+    from core.ranks import cli
 
     cli(main)

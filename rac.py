@@ -27,6 +27,7 @@ Departures from the paper
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -36,11 +37,12 @@ import data
 import generate
 import rac_options
 from batches import losses, teacher_forced
+from core import stage
+from core.chat import ends
+from core.flags import count, group, number, positive
+from core.ranks import cli, fold_in
 from data import Dataset
 from ddp_utils import Run
-from lib import stage
-from lib.flags import count, group, number, positive
-from lib.ranks import cli, fold_in
 from sft import sft_loss, sft_phase
 
 
@@ -66,7 +68,7 @@ def rac_labels(
     """
     labels: list[list[int]] = [[] for _ in z]
     for some, logits in teacher_forced(model, reference_prompts, z, batch_size):
-        for i, row in zip(some, logits.argmax(dim=-1).tolist(), strict=True):
+        for i, row in zip(some, generate.known(model, logits).argmax(dim=-1).tolist(), strict=True):
             labels[i] = row[: len(z[i])]
     return labels
 
@@ -77,29 +79,28 @@ def to_last_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[
     return z[:n], z_bar[:n]
 
 
-def with_z(run: Run, iteration: int, rows: list[dict]) -> list[dict]:
-    """The rows, each with an answer z ~ p(.|x) of the current model (Algorithm 2, line 9). Runs under `inference`."""
+def draw_z(run: Run, iteration: int, rows: dict[str, Sequence], each: Callable[[int, list], None]) -> list:
+    """Answers z ~ p(.|x) of the current model (Algorithm 2, line 9), for `run.offline`: each(i, z) of the i-th row."""
     args = run.args
     drawn = generate.generate(
         run.model,
-        [row["x"] for row in rows],
-        ids=[row["id"] for row in rows],
+        rows["x"],
+        ids=rows["id"],
+        each=lambda i, samples: each(i, samples[0]),
         max_new_tokens=args.max_response or data.TASKS[args.task].max_response,
         batch_size=args.generation_batch_size,
-        eos_token_id=run.tokenizer.eos_token_id,
+        eos_token_id=ends(run.tokenizer),
         temperature=args.temperature,
         seed=fold_in(args.seed, iteration),
     )  # Eq. 2
-    return [row | {"z": samples[0]} for row, samples in zip(rows, drawn, strict=True)]
+    return [samples[0] for samples in drawn]
 
 
 def make_d_r(run: Run, examples: Dataset, iteration: int, pairs: Dataset | None = None) -> Dataset:
     """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13); or `pairs`, already there."""
     args, name = run.args, f"D_r_{iteration}"
     sift = rac_options.Sift(run, len(examples if pairs is None else pairs))  # counts corrections, leaves some out
-
-    def draw(rows: list[dict]) -> list[dict]:
-        return with_z(run, iteration, rows)  # line 9
+    draw = partial(draw_z, run, iteration)  # line 9
 
     def label(model: torch.nn.Module, rows: list[dict]) -> list[dict]:  # lines 10-12
         f, z = ([row[column] for row in rows] for column in ("f", "z"))
@@ -115,7 +116,7 @@ def make_d_r(run: Run, examples: Dataset, iteration: int, pairs: Dataset | None 
     elif args.labels_from == "start" and (iteration > 1 or args.sft_epochs):
         d_r = rac_options.labelled_by_start(run, iteration, examples, draw, label)
     else:
-        d_r = run.offline(name, lambda rows: label(run.model, draw(rows)), examples)
+        d_r = run.offline(name, partial(label, run.model), examples, z=draw)
     sift.report(name)
     return d_r
 

@@ -21,17 +21,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import folders
 import sums
 from batches import Rows, pad_responses, teacher_forced
+from core import arrow
+from core.flags import group, number, positive
+from core.fsdp import model_of
+from core.ranks import RANK, all_sum, print0
 from data import Dataset
 from ddp_utils import Run
-from lib.flags import group, number, positive
-from lib.fsdp import model_of
-from lib.ranks import RANK, all_sum, print0
+from generate import known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,15 +91,12 @@ def corrections(z: Rows, z_bar: Rows) -> int:
 
 def describe(d_r: Dataset) -> dict[str, float]:
     """What a D_r holds: the share of tokens corrected, of z equal to y, of rows without any correction."""
-    tokens = corrected = equal = untouched = 0
-    for row in d_r:
-        wrong = corrections([row["z"]], [row["z_bar"]])
-        tokens, corrected = tokens + len(row["z"]), corrected + wrong
-        equal, untouched = equal + (row["z"] == row["y"]), untouched + (wrong == 0)
+    y, z, z_bar = (arrow.Rows(d_r).columns[name] for name in ("y", "z", "z_bar"))
+    wrong = arrow.differing(z, z_bar)  # [rows]
     return {
-        "tokens_corrected": corrected / tokens,
-        "z_equals_y": equal / len(d_r),
-        "rows_without_correction": untouched / len(d_r),
+        "tokens_corrected": int(wrong.sum()) / int(z.lengths.sum()),
+        "z_equals_y": int((arrow.differing(z, y) == 0).sum()) / len(d_r),
+        "rows_without_correction": int((wrong == 0).sum()) / len(d_r),
     }
 
 
@@ -184,15 +184,15 @@ def to_first_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list
 
 # ---------------------------------------------------------------------------------------------- labels of the start
 def labelled_by_start(
-    run: Run, iteration: int, examples: Dataset, draw: Callable[[list[dict]], list[dict]], label: Callable
+    run: Run, iteration: int, examples: Dataset, draw: Callable, label: Callable
 ) -> Dataset:
     """D_r with the current model's z, OUT/D_z_k, and the labels of --model."""
     name = f"D_r_{iteration}"
     if (run.out / name).exists():
-        return run.offline(name, draw, examples)
-    drawn = run.offline(f"D_z_{iteration}", draw, examples)
+        return run.offline(name, None, examples)
+    drawn = run.offline(f"D_z_{iteration}", None, examples, z=draw)
     # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
-    start = model_of(run.args)
+    start = model_of(run.args, run.tokenizer)
     return folders.offline(run.out / name, lambda rows: label(start, rows), drawn, start, run.tokenizer)
 
 
@@ -223,26 +223,25 @@ def rac_soft_loss(
 
 def rac_top_labels(
     model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], k: int, batch_size: int = 8
-) -> list[dict[str, list]]:
-    """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp ([L][k])."""
-    labels: list[dict[str, list]] = [{} for _ in z]
+) -> list[dict[str, list | np.ndarray]]:
+    """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp (arrays [L, k])."""
+    labels: list[dict[str, list | np.ndarray]] = [{} for _ in z]
     for some, logits in teacher_forced(model, reference_prompts, z, batch_size):
-        logits = logits.float()
+        logits = known(model, logits.float())
         top, ids = logits.topk(k)  # [B, L, k], the largest first
         logp = top - logits.logsumexp(dim=-1, keepdim=True)
-        for i, ids_i, logp_i in zip(some, ids.tolist(), logp.tolist(), strict=True):
-            n = len(z[i])
-            labels[i] = {"z_bar": [q[0] for q in ids_i[:n]], "top_ids": ids_i[:n], "top_logp": logp_i[:n]}
+        for i, ids_i, logp_i in zip(some, ids.int().cpu().numpy(), logp.cpu().numpy(), strict=True):
+            n = len(z[i])  # copies, since views would keep the whole batch in memory
+            labels[i] = {"z_bar": ids_i[:n, 0].tolist(), "top_ids": ids_i[:n].copy(), "top_logp": logp_i[:n].copy()}
     return labels
 
 
 def soft_term(run: Run, rows: list[dict], z: Rows, z_bar: Rows) -> tuple:
     """The term of losses for rac_soft_loss. Targets there are ids: each token of z brings the number of its q."""
     args, device = run.args, run.device
-    ids, logp = ([q for row, own in zip(rows, z) for q in row[name][: len(own)]] for name in SOFT)
-    numbers = iter(range(len(ids)))
-    ids = torch.tensor(ids, dtype=torch.long, device=device).view(-1, args.topk)  # [tokens, K]
-    logp = torch.tensor(logp, dtype=torch.float32, device=device).view_as(ids)
+    of = ([np.reshape(row[name][: len(own)], (-1, args.topk)) for row, own in zip(rows, z)] for name in SOFT)
+    ids, logp = (torch.from_numpy(np.concatenate(arrays)).to(device) for arrays in of)  # [tokens, K] each
+    ids, logp, numbers = ids.long(), logp.float(), iter(range(len(ids)))
 
     def loss(logits: torch.Tensor, z: torch.Tensor, z_bar: torch.Tensor, at: torch.Tensor, mask: torch.Tensor) -> tuple:
         return rac_soft_loss(logits, z, z_bar, ids[at], logp[at], mask, not args.unmasked, args.kl == "reverse")

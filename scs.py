@@ -20,11 +20,11 @@ import torch.nn.functional as F
 import data
 import generate
 from batches import losses
+from core import stage
+from core.flags import group, number, positive
+from core.fsdp import inference
+from core.ranks import cli, fold_in
 from ddp_utils import Run, Step
-from lib import stage
-from lib.flags import group, number, positive
-from lib.fsdp import inference
-from lib.ranks import cli, fold_in
 from sft import sft_loss, sft_phase
 
 

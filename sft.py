@@ -25,11 +25,11 @@ import torch.nn.functional as F
 
 import data
 from batches import losses
+from core import stage
+from core.flags import group, number
+from core.ranks import cli, fold_in
 from data import Dataset
 from ddp_utils import Run
-from lib import stage
-from lib.flags import group, number
-from lib.ranks import cli, fold_in
 
 
 def sft_loss(logits: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

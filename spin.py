@@ -20,17 +20,19 @@ Departures from the paper, and from SPIN's own code, whose settings the paper to
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 import data
+from core import arrow, stage
+from core.flags import count, group, number, positive
+from core.ranks import cli, print0
 from data import Dataset
 from ddp_utils import Run
 from dpo import preference_phase, with_log_probs
-from lib import stage
-from lib.flags import count, group, number, positive
-from lib.ranks import cli, print0
-from rac import with_z
+from rac import draw_z
 
 
 def spin_loss(
@@ -48,10 +50,11 @@ def make_d_spin(run: Run, examples: Dataset, iteration: int) -> Dataset:
     """(x, y, z) and the log-probabilities of y and z, z and both of them by the current model."""
 
     def make(rows: list[dict]) -> list[dict]:
-        return with_log_probs(run.model, with_z(run, iteration, rows), run.args.micro_batch_size)
+        return with_log_probs(run.model, rows, run.args.micro_batch_size)
 
-    d_spin = run.offline(f"D_spin_{iteration}", make, examples)
-    equal = sum(row["y"] == row["z"] for row in d_spin) / len(d_spin)  # pairs without a gradient
+    d_spin = run.offline(f"D_spin_{iteration}", make, examples, z=partial(draw_z, run, iteration))
+    y, z = (arrow.Rows(d_spin).columns[name] for name in ("y", "z"))
+    equal = (arrow.differing(y, z) == 0).sum() / len(d_spin)  # pairs without a gradient
     print0(f"D_spin_{iteration}: {equal:.2%} of the z are equal to y")
     return d_spin
 

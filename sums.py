@@ -22,6 +22,8 @@ import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
+from core.chat import ends
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -206,9 +208,9 @@ class Spelling:
     tokens add. A word-level tokenizer's pieces all begin with the space that its `decode` puts between two words.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos: int):
-        self.tokenizer, self.eos = tokenizer, eos
-        self.known: dict[int, str] = {eos: END}
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]):
+        self.tokenizer, self.eos = tokenizer, ends[0]
+        self.known: dict[int, str] = dict.fromkeys(ends, END)
         self.cut: dict[str, frozenset[int]] = {}
         self.anchor = self.encode(".")[-1:]
 
@@ -261,13 +263,13 @@ class Spelling:
 
 
 @functools.lru_cache(maxsize=4)
-def _spelling(tokenizer: PreTrainedTokenizerBase, eos: int) -> Spelling:
-    return Spelling(tokenizer, eos)
+def _spelling(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> Spelling:
+    return Spelling(tokenizer, ends)
 
 
 def spelling(tokenizer: PreTrainedTokenizerBase) -> Spelling:
-    """One for each tokenizer and its EOS, so that each token is decoded once."""
-    return _spelling(tokenizer, tokenizer.eos_token_id)
+    """One for each tokenizer and what ends its responses, so that each token is decoded once."""
+    return _spelling(tokenizer, tuple(ends(tokenizer)))
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

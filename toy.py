@@ -33,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from core.flags import new_parser, number, positive
+from core.ranks import cli
+from core.rows import read
 from data import TOY_REFERENCE
 from folders import read_pairs
-from lib.flags import new_parser, number, positive
-from lib.ranks import cli
-from lib.rows import read
 from sums import GAINS, LOSSES, NAMES, ORDINALS, THINGS, TOP, add, problem, right_words, sentences_of, splits
 
 NUMBERS = [str(i) for i in range(TOP + 1)]

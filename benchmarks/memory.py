@@ -36,7 +36,7 @@ def measure(folder: str) -> None:
     import torch
     from torch.distributed.fsdp import FSDPModule
 
-    from lib import fsdp, ranks
+    from core import fsdp, ranks
 
     ranks.init()
     start, found = resident("VmRSS"), {}

@@ -31,7 +31,7 @@ import training
 import batches
 import generate
 from bash import bash_loss
-from lib import fsdp, ranks
+from core import fsdp, ranks
 from scs import scs_loss
 from sft import sft_loss
 

@@ -43,14 +43,14 @@ import rac
 import rac_options
 import sums
 import toy
-from lib import (
+from core import (
     answers,  # noqa: F401, for the forked processes, as the next two
     flags,
     fsdp,
     ranks,
 )
-from lib import rows as text_rows
-from lib.tables import mean_se, paired_difference
+from core import rows as text_rows
+from core.tables import mean_se, paired_difference
 from tools import plots
 
 ROOT = Path(__file__).resolve().parents[1]

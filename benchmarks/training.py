@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import batches
 import ddp_utils
 import tiny
-from lib import fsdp, ranks, stage
+from core import fsdp, ranks, stage
 from sft import sft_loss
 
 PEERS = {  # side: settings beyond the defaults

@@ -113,10 +113,10 @@ from pathlib import Path
 
 sys.argv[0] = sys.argv.pop(1)
 import data
-from lib import preferences
-from lib.fsdp import load_tokenizer
-from lib.ranks import cli, first_line
-from lib.rows import source_rows
+from core import preferences
+from core.fsdp import load_tokenizer
+from core.ranks import cli, first_line
+from core.rows import source_rows
 from transformers import AutoConfig
 
 
@@ -150,8 +150,8 @@ sample() {
 import json, os, random, sys
 
 import data
-from lib.ranks import cli
-from lib.rows import source_rows
+from core.ranks import cli
+from core.rows import source_rows
 
 name, task, path, count, seed, out = sys.argv[1:]
 
@@ -275,7 +275,7 @@ small_preferences() {
 import json, sys
 
 import data
-from lib.rows import read
+from core.rows import read
 
 task, path, columns, answers, out = sys.argv[1:]
 rows = {row["id"]: row for row in data.load_rows(task, path, "train", columns)}

@@ -23,8 +23,8 @@ queries() { # queries FILE: the rows whose prompts begin like those of A.3, or o
 import json, os, sys
 
 import data
-from lib.ranks import cli
-from lib.rows import one_row, source_rows
+from core.ranks import cli
+from core.rows import one_row, source_rows
 
 WANTED = {
     "train": ("What factors influenced the decision to build the Panama Canal",
@@ -87,7 +87,7 @@ for seed in $SEEDS; do
 import argparse, collections, importlib.util, json, re, sys
 
 import numpy as np
-from lib.ranks import cli
+from core.ranks import cli
 from tools.plots import distance
 
 

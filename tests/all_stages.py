@@ -15,7 +15,7 @@ import scs
 import sft
 import spin
 import tiny
-from lib import ranks
+from core import ranks
 
 evaluate.CHECKS["toy"] = (tiny.parity, evaluate.same)  # so small a model writes no answers
 RAC = "--temperature 0.7 --task ultrachat --columns response=response --max-reference 120"

@@ -22,8 +22,8 @@ import evaluate
 import generate
 import sft
 import tiny
-from lib import answers, fsdp, ranks, rows
-from lib.ranks import cli, fold_in
+from core import answers, fsdp, ranks, rows
+from core.ranks import cli, fold_in
 from test_preferences import log_p
 from test_training import largest_difference, log
 from tools import show

@@ -20,156 +20,14 @@ import sft
 import sums
 import tiny
 import toy
-from lib import answers, fsdp, tables
+from core import answers, fsdp, tables
 from test_training import launch
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
 
 
-# ---------------------------------------------------------------------------------------------- answers
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so 3 * 4 = <<3*4=12>>12\n#### 12", "12"),
-        ("#### 1,234,567", "1234567"),
-        ("#### -3.50", "-3.50"),
-        ("#### 1 and then #### 2", "1"),  # the first
-        ("####12", None),  # strict: one space
-        ("#### $12", None),
-        ("the answer is 12", None),
-        ("#### ", None),
-        ("", None),
-    ],
-)
-def test_gsm8k_answer(text, answer):
-    assert evaluate.gsm8k_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so 3 * 4 = <<3*4=12>>12\n#### 12", "12"),
-        ("The answer is $1,234.50.", "1234.50"),
-        ("He has 3 left, i.e. 3.", "3"),  # the point is no part of a number of one digit
-        ("It is 17.", "17"),
-        ("#### 5 of 9", "9"),  # the last
-        ("minus -7", "-7"),
-        ("-$5 it is", "-5"),
-        ("none", None),
-        ("", None),
-    ],
-)
-def test_gsm8k_flexible(text, answer):
-    assert answers.gsm8k_flexible(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"so $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
-        (r"\boxed{1}, no: \boxed{ 2 }", "2"),
-        (r"\fbox{7}", "7"),
-        (r"$x = \boxed 7$ indeed", "7"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\left\{x \mid x > \sqrt{2}\right.}", r"\left\{x \mid x > \sqrt{2}\right."),
-        (r"\boxed{1} and \boxed{\frac{1}{2}", None),  # cut off: the last one decides
-        (r"\boxed{}", ""),
-        (r"\boxed", None),
-        ("42", None),
-        ("", None),
-    ],
-)
-def test_math_answer(text, answer):
-    assert evaluate.math_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    "forms",
-    [
-        [r"\frac{1}{2}", r"\dfrac12", r"\tfrac{1}2", "1/2", "0.5", ".5", r"\frac 1 2", "$0.5$"],
-        [r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt3}2", r"\dfrac{\sqrt 3}{2}"],
-        [r"\frac{\pi}{4}", r"\frac\pi4", r"\frac\pi 4"],
-        ["-3/4", r"-\frac34"],
-        ["10", r"10\%", r"\$10", "10.", r"10^\circ", r"10^{\circ}", r"10 \text{ cm}", r"10\text{ cm}^2", "x = 10"],
-        ["12345", "12,345", r"12,\!345"],
-        [r"\left(1, 2\right)", "(1,2)", r"(1,\,2)"],
-        [r"\text{Evelyn}", "Evelyn"],
-        [r"(-\infty,\frac{1}{2}]", r"\left(-\infty, \tfrac12\right]"],
-    ],
-)
-def test_math_equal_forms(forms):
-    assert all(evaluate.math_equal(a, b) for a in forms for b in forms)
-
-
-def test_math_equal_tells_apart():
-    different = [
-        "1",
-        "2",
-        "-1",
-        r"\frac{1}{2}",
-        r"\frac{2}{1}",
-        "12",
-        "(1,2)",
-        "(2,1)",
-        "x",
-        r"\sqrt{2}",
-        r"\text{ a}",
-        r"\text{ b}",
-    ]
-    assert not any(evaluate.math_equal(a, b) for a in different for b in different if a != b)
-    for nothing in (None, "", "$", r"\left"):
-        assert not evaluate.math_equal(nothing, nothing)
-        assert not evaluate.math_equal(nothing, "1")
-
-
 # ---------------------------------------------------------------------------------------------- arithmetic
-def test_pass_at_k():
-    """Against the share of all k-subsets of n samples that hold a right one."""
-    from itertools import combinations
-
-    for n in range(1, 7):
-        for c in range(n + 1):
-            for k in range(1, n + 1):
-                subsets = list(combinations(range(n), k))
-                expected = sum(any(i < c for i in subset) for subset in subsets) / len(subsets)
-                assert evaluate.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
-    for n, c, k in ((3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4), (0, 0, 1)):
-        with pytest.raises(ValueError, match="pass@k"):
-            evaluate.pass_at_k(n, c, k)
-
-
-def test_majority():
-    assert answers.majority(["2", "1", "1"]) == "1"
-    assert answers.majority(["2", "1", "1", "2"]) == "2"  # a tie: the first
-    assert answers.majority([None, None, "3"]) == "3"  # no answer, no vote
-    assert answers.majority([None, None]) is None
-    assert answers.majority([]) is None
-    halves = ["7", r"\frac12", "0.5", "7", "1/2"]
-    assert answers.majority(halves, evaluate.math_equal) == r"\frac12"
-    assert answers.majority(halves) == "7"
-
-
-def test_of_several_by_hand():
-    """Three problems, four samples each: the true answer is 1."""
-    given = [["2", "1", "1", None], ["1", "2", "2", "3"], [None, None, None, "2"]]
-    right = [[a == "1" for a in row] for row in given]
-    at = {k: answers.of_several(given, right, answers.same, k) for k in (1, 2, 3, 4)}
-    assert at[1]["pass"] == pytest.approx((2 / 4 + 1 / 4 + 0) / 3)
-    assert at[2]["pass"] == pytest.approx((1 - 1 / 6 + 1 - 3 / 6 + 0) / 3)
-    assert at[4]["pass"] == pytest.approx(2 / 3)  # best of N: any is right
-    assert [at[k]["maj"] for k in (1, 2, 3, 4)] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1 / 3])
-    assert answers.of_several(given[:1], right[:1], answers.same, 2)["maj"] == 0  # 2 and 1: the first wins
-    assert answers.of_several(given[:1], right[:1], answers.same, 3)["maj"] == 1
-
-
-def test_math_verify():
-    pytest.importorskip("math_verify", reason="an optional package")
-    assert answers.math_verified(r"\frac{2}{4}", "0.5") and not evaluate.math_equal(r"\frac{2}{4}", "0.5")
-    assert not answers.math_verified("3", "4")
-    assert not answers.math_verified(None, "4") and not answers.math_verified("4", None)
-
-
 def test_rouge_by_hand():
     """F1 of unigrams, bigrams and the longest common subsequence; no stemming; an empty text has 0."""
     pytest.importorskip("rouge_score", reason="pip install rouge-score")
@@ -180,6 +38,46 @@ def test_rouge_by_hand():
     assert evaluate.rouge([["cats sit"]], ["cat sits"]) == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
     halves = evaluate.rouge([["a b", ""], ["x", "a b"]], ["a b", "a b"])
     assert halves["rouge1"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("他喜欢猫。", True),
+        ("2019年北京举办了会议", True),  # 2019 alone would be compared
+        ("قطة على السجادة", True),
+        ("Кошка сидит", True),
+        ("😀😀", True),
+        ("The cat sat", False),
+        ("Él comió el último pastel, señor", False),
+        ("the 猫 sat", False),
+        ("12", False),
+        ("", False),
+        (" ", False),
+    ],
+)
+def test_unread(text, lost):
+    assert evaluate.unread(text) == lost
+
+
+def test_rouge_of_other_scripts_is_said(toy_set, tmp_path, monkeypatch, capsys):
+    """References that the tokeniser empties are left out, and counted; without any other there is no ROUGE."""
+    pytest.importorskip("rouge_score", reason="pip install rouge-score")
+    assert evaluate.rouge([["a b"], ["猫"]], ["a b", "猫"])["rouge1"] == 1
+    assert evaluate.rouge([["猫"]], ["猫坐着"]) == {}
+    assert evaluate.rouge([["猫"]], ["a cat"])["rouge1"] == 0
+    tokenizer, rows, _ = toy_set
+    scripted(monkeypatch, lambda prompt, kw: [tokenizer("amy has 25")["input_ids"] + [1]])
+    lm, args = tiny.model("gpt_neox"), arguments(tmp_path, task="tldr", generations=1)
+    references = {0: "amy has 25", 1: "猫坐着", 2: "القطة", 3: "amy"}
+    found, details = evaluate.accuracy(args, lm, tokenizer, rows, references, 0.0)
+    assert found["rouge1_t0"] == pytest.approx((1 + 1 / 2) / 2)
+    assert (details["unread_references"], details["unread_texts"]) == (2, 0)
+    assert "hardly reads 2 of 4 references: they are left out" in capsys.readouterr().err
+    found, details = evaluate.accuracy(args, lm, tokenizer, rows, {i: "猫坐着" for i in range(4)}, 0.0)
+    assert found == {} and details["unread_references"] == 4
+    assert evaluate.hardly_read("texts at T = 1", ["喵", "cat", "Кот"], "they score 0, or nearly") == 2
+    assert "hardly reads 2 of 3 texts at T = 1: they score 0, or nearly" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_one_line():
@@ -343,6 +241,10 @@ def test_flexible_match_of_gsm8k(toy_set, tmp_path, monkeypatch):
     args = arguments(tmp_path, task="gsm8k")
     found = evaluate.accuracy(args, tiny.model("gpt_neox"), tokenizer, rows, references, 0.0)[0]
     assert found == {"accuracy_t0": 0.0, "flexible_t0": 1.0}
+    scripted(monkeypatch, lambda prompt, kw: [tokenizer("amy has eggs")["input_ids"] + [1]])
+    args, silent = arguments(tmp_path / "b", task="gsm8k"), dict.fromkeys(references, "amy has eggs")
+    found = evaluate.accuracy(args, tiny.model("gpt_neox"), tokenizer, rows, silent, 0.0)[0]
+    assert found == {"accuracy_t0": 0.0, "flexible_t0": 0.0}  # two sides without an answer
 
 
 def test_train_seconds(tmp_path):
@@ -646,6 +548,22 @@ def test_watch_knows_a_right_answer(folder, monkeypatch):
     found = evaluate.watch(run)()
     assert found["held_accuracy"] == 3 / 8
     assert found.keys() == {"held_nll", "held_gap", "held_accuracy"}
+
+
+@pytest.mark.parametrize("summaries", [["猫坐着", "القطة"], ["猫坐着", "amy"]])
+def test_watch_says_what_rouge_cannot_read(folder, tmp_path, monkeypatch, capsys, summaries):
+    pytest.importorskip("rouge_score", reason="pip install rouge-score")
+    rows = [{"post": "amy has 2 eggs", "summary": summary} for summary in summaries]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = fsdp.load_tokenizer(str(folder / "model"))
+    run = Namespace(model=fsdp.load_model(str(folder / "model")), tokenizer=tokenizer, device="cpu")
+    run.args = Namespace(task="tldr", data=None, columns="", max_prompt=0, max_response=8, micro_batch_size=4)
+    run.args.eval_data, run.args.eval_rows = str(tmp_path / "held.jsonl"), 2
+    scripted(monkeypatch, lambda prompt, kw: [tokenizer("amy")["input_ids"] + [1]])
+    found = evaluate.watch(run)()
+    lost = sum(summary != "amy" for summary in summaries)
+    assert f"hardly reads {lost} of 2 references of --eval-data: they count as 0" in capsys.readouterr().err
+    assert found.get("held_rougeL") == (0.5 if lost == 1 else None)
 
 
 @pytest.mark.parametrize(

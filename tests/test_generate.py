@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers.cache_utils import Cache
 
+from core.kv_cache import Columns, join, keep_rows
+from core.noise import draw, gumbel, noise_keys
 from generate import generate
-from lib.kv_cache import Columns, join, keep_rows
-from lib.noise import draw, gumbel, noise_keys
 from tiny import ARCHS, model
 
 torch.set_num_threads(1)
@@ -135,6 +135,25 @@ def test_waiting_prompts_take_the_place_of_finished_ones():
     assert refilled["forwards"] < stats["forwards"]
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_each_prompt_is_handed_over_once_and_as_soon_as_it_is_finished(n):
+    lm, prompts, at, made = model("llama"), ragged(40, 20), [], {}
+    args = {"max_new_tokens": 30, "eos_token_id": [3, 5, 8], "n": n, "batch_size": 4 * n}
+    hook = lm.register_forward_pre_hook(lambda *_: at.append(len(made)))
+
+    def each(i, samples):
+        assert i not in made
+        made[i] = samples
+
+    assert generate(lm, prompts, each=each, **args) == []
+    hook.remove()
+    assert [made[i] for i in range(40)] == generate(lm, prompts, **args)
+    assert 0 < at[len(at) // 2] < 40  # some were handed over while others were still to be decoded
+    made.clear()
+    generate(lm, prompts[:3], each=each, **args | {"max_new_tokens": 0})
+    assert made == {i: [[]] * n for i in range(3)}
+
+
 # ------------------------------------------------------------------------------------------------------------ the cache
 
 
@@ -144,7 +163,7 @@ def test_where_the_buffers_grow_changes_nothing(arch, free, monkeypatch):
     lm, prompts = model(arch), ragged(12, 20)
     args = {"max_new_tokens": 30, "eos_token_id": [3, 5, 8], "n": 2}
     whole = generate(lm, prompts, **args)
-    monkeypatch.setattr("lib.kv_cache.FREE", free)  # grown at every token, at every second one, …
+    monkeypatch.setattr("core.kv_cache.FREE", free)  # grown at every token, at every second one, …
     assert generate(lm, prompts, **args) == whole
     assert generate(lm, prompts, batch_size=5, **args) == whole
 

@@ -23,7 +23,7 @@ import scs
 import sft
 import tiny
 import toy
-from lib import ranks
+from core import ranks
 
 MODULES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac, "generate": generate, "evaluate": evaluate, "toy": toy}
 READ = "--model model --task ultrachat --data train.jsonl --columns response=response --max-response 12 "

@@ -19,36 +19,175 @@ import torch
 
 import evaluate
 import tiny
-from lib import ranks
-from tools import judge
+from core import ranks
+from tools import judge, verdicts
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-secret-0123456789"
 
 
-# ---------------------------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------- verdicts
+LETTER = [
+    ("Comparison: A is shorter.\nPreferred: A", "A"),
+    ("Comparison: B.\r\nPreferred: B\r\n", "B"),
+    ("  Preferred:   B  ", "B"),
+    ("```\nPreferred: A\n```", "A"),
+    ("Preferred: B<|im_end|>", "B"),
+    ("Preferred: A\n\nI hope that helps!", "A"),
+]
+LENIENT = [
+    ('Preferred: "A"', "A"),
+    ("Preferred: B.", "B"),
+    ("Preferred: **A**", "A"),
+    ("**Preferred: B.**", "B"),
+    ("**Preferred**: __A__", "A"),
+    ("*Preferred:* A", "A"),
+    ("`Preferred: B`", "B"),
+    ("> Preferred: [A]", "A"),
+    ("2. Preferred: (B)", "B"),
+    ("### Preferred: $A$", "A"),
+    ("preferred: a", "A"),
+    ("PREFERRED: b", "B"),
+    ("Preferred: Summary A", "A"),
+    ("Preferred: [summary B].", "B"),
+    ("Preferred summary: Option B", "B"),
+    ("Preferred：Ａ。", "A"),
+    ("<answer>Preferred: B</answer>", "B"),
+    ("| Preferred: | B |", "B"),
+]
+UNPARSED = [
+    "Preferred: A or B",
+    "Preferred: A/B",
+    "Preferred: A, B",
+    "Preferred: neither",
+    "Preferred: Neither A nor B",
+    "Preferred: a tie",
+    "Preferred: A?",
+    "Preferred: AB",
+    "Preferred: A because B is long",
+    "Preferred: Summary A is better than B",
+    "Preferred:\nA",
+    "Preferred: A\nPreferred: B",
+    "Preferred: A\n**Preferred: B**",
+    "preferred: neither\nPreferred: B",
+    "Preferred: A\nPreferred: A",
+    "I think Preferred: A",
+    "(refused) I cannot say Preferred: A",
+    "A",
+    "",
+    "*" * 20000,
+    "Preferred: A" + "-" * 20000 + "?",
+]
+
+
+@pytest.mark.parametrize(("answer", "choice"), LETTER + LENIENT)
+def test_preferred(answer, choice):
+    assert verdicts.preferred(answer) == choice
+    assert verdicts.to_the_letter(answer) == ((answer, choice) in LETTER)
+
+
+@pytest.mark.parametrize("answer", UNPARSED)
+def test_unparsed(answer):
+    assert verdicts.preferred(answer) is None
+
+
 @pytest.mark.parametrize(
     ("answer", "choice"),
     [
-        ("Comparison: A is shorter.\nPreferred: A", "A"),
-        ("Comparison: B.\r\nPreferred: B\r\n", "B"),
-        ("  Preferred:   B  ", "B"),
-        ('Preferred: "A"', None),
-        ("Preferred: A.", None),
-        ("Preferred: **A**", None),
-        ("Preferred: a", None),
-        ("Preferred: Summary A", None),
-        ("Preferred: A or B", None),
-        ("Preferred:\nA", None),
-        ("Preferred: A\nPreferred: B", None),
-        ("Preferred: A\nPreferred: A", None),
-        ("I think Preferred: A", None),
-        ("A", None),
-        ("", None),
+        ("<think>\nPreferred: A\n</think>\nPreferred: B", "B"),
+        ("Preferred: A, or no\nPreferred: A\n</think>\n\n**Preferred: B**", "B"),  # the template has opened it
+        ("<think>\nFirst.\nPreferred: A\n", None),  # cut off while it thought
+        ("<Thinking>Preferred: A</Thinking>Preferred: B", "B"),
+        ("<think time='3'>\nPreferred: A</think >\nPreferred: B", "B"),
+        ("[THINK]\nPreferred: A\n[/THINK]\nPreferred: B", "B"),
+        ("<seed:think>\nPreferred: A</seed:think>Preferred: B", "B"),
+        ("<reasoning>\nPreferred: A\n</reasoning>\nPreferred: B", "B"),
+        ("◁think▷\nPreferred: A◁/think▷Preferred: B", "B"),
+        ("<|begin_of_thought|>\nPreferred: A\n<|end_of_thought|>\nPreferred: B", "B"),
+        ("<|channel|>analysis<|message|>\nPreferred: A<|end|><|channel|>final<|message|>Preferred: B<|return|>", "B"),
+        ("<think>The tag <think> is mine.\nPreferred: A</think>\nPreferred: B", "B"),
+        ("<think><think>so</think>\nPreferred: A\n</think>\nPreferred: B", "B"),
+        ("Preferred: B\n<think>\nPreferred: A\n</think>", "B"),
+        ("<think>\nPreferred: A\n</think>", None),
+        ("Preferred: B, I <think>", None),
+        ("A thoughtful <summary> is\nPreferred: B", "B"),
+    ],
+)  # fmt: skip
+def test_reasoning_is_cut_off(answer, choice):
+    assert verdicts.preferred(answer) == choice
+
+
+def reply(content=None, finish="stop", **message) -> dict:
+    return {"choices": [{"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}]}
+
+
+def part(text, kind="text") -> dict:
+    return {"type": kind, "text": text}
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (reply("Preferred: A"), "Preferred: A"),
+        (reply(None), ""),
+        (reply(None, reasoning_content="Preferred: A"), ""),
+        (reply([part("Preferred: "), part("A")]), "Preferred: A"),
+        (reply([part("Comparison: x."), part("Preferred: A", "output_text")]), "Comparison: x.\nPreferred: A"),
+        (reply([{"type": "thinking", "thinking": [part("Preferred: B")]}, part("Preferred: A")]), "Preferred: A"),
+        (reply([part("Preferred: B", "reasoning"), "so ", "A"]), "so A"),
+        (reply(part("one part")), "one part"),
+        (reply([]), ""),
+        (reply(None, refusal="I cannot\nPreferred: A"), "(refused) I cannot Preferred: A"),
+        (reply("", refusal="No."), "(refused) No."),
+        (reply("", "content_filter"), ""),
+        ({"choices": [{"text": "Preferred: B", "index": 0}]}, "Preferred: B"),
+        ({"choices": [{"text": None}], "error": None}, ""),
     ],
 )
-def test_preferred_is_strict(answer, choice):
-    assert judge.preferred(answer) == choice
+def test_answer_in_a_reply(found, text):
+    assert verdicts.answer_in(json.dumps(found)) == text
+
+
+@pytest.mark.parametrize(
+    ("found", "why", "again", "final"),
+    [
+        ({"error": {"message": "Insufficient credits", "code": 402}}, "error 402: Insufficient credits", False, True),
+        ({"error": {"message": "slow\ndown", "code": "429"}, "choices": []}, "error 429: slow down", True, False),
+        ({"error": {"message": "x", "code": 503, "status": "UNAVAILABLE"}}, "error 503: x", True, False),
+        ({"error": {"message": "bad key", "code": 401}}, "error 401: bad key", False, True),
+        ({"error": {"message": "too long", "code": 400}}, "error 400: too long", False, False),
+        ({"error": {"message": "Wait", "type": "rate_limit_error"}}, "error: Wait (rate_limit_error)", True, False),
+        ({"error": {"message": "You", "code": "insufficient_quota"}}, "error: You (insufficient_quota)", False, True),
+        ({"error": "model overloaded"}, "error: model overloaded", True, False),
+        ({"error": "model 'x' not found"}, "error: model 'x' not found", False, False),
+        ({"error": [{"a": 1}]}, 'error: [{"a": 1}]', False, False),
+        ({"object": "error", "message": "no such model", "code": 40301}, "error: no such model", False, False),
+        ({"detail": [{"msg": "field"}]}, 'error: [{"msg": "field"}]', False, False),
+        ({"choices": [{"error": {"code": 502, "message": "died"}, "message": {}}]}, "error 502: died", True, False),
+        (reply("", "error"), "the judge broke off (finish_reason: error)", True, False),
+        (reply("Preferred: A", "error"), "the judge broke off", True, False),
+    ],
+)  # fmt: skip
+def test_an_error_in_a_reply(found, why, again, final):
+    with pytest.raises(verdicts.Unanswered) as error:
+        verdicts.answer_in(json.dumps(found))
+    assert why in str(error.value) and (error.value.again, error.value.final) == (again, final)
+
+
+@pytest.mark.parametrize("body", ['data: {"choices": []}\n\n', ": WAIT\n\ndata: {}\n\n", "\nevent: ping\n"])
+def test_a_stream_is_named(body):
+    with pytest.raises(verdicts.Unanswered, match="streams its answer") as error:
+        verdicts.answer_in(body)
+    assert error.value.final
+
+
+BODIES = ("", "<html>", "[]", "null", "3", "[" * 100_000, '{"choices": [null]}', '{"choices": [{}]}', '{"choices": 3}')
+
+
+@pytest.mark.parametrize("body", [*BODIES, '{"choices": [{"message": {"content": 3}}]}', '{"error": {}}'])
+def test_what_is_neither(body):
+    with pytest.raises(ValueError, match="not the JSON of a chat completion|not text"):
+        verdicts.answer_in(body)
 
 
 def test_prompt_of_the_paper():
@@ -203,7 +342,7 @@ def answers(tmp_path, n=8, good=6, **change) -> Path:
     return path
 
 
-def verdicts(tmp_path) -> list[dict]:
+def kept(tmp_path) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "z.verdicts.jsonl").read_text().splitlines()]
 
 
@@ -211,14 +350,15 @@ def test_a_good_judge(tmp_path, serve, capsys):
     server = serve(well)
     judge.judge(flags(answers(tmp_path), server.url, judge_options={"temperature": 0, "max_tokens": 99}))
     found = json.loads((tmp_path / "z.verdicts.json").read_text())
-    assert {key: found[key] for key in ("questions", "wins", "losses", "empty", "unparsed", "unanswered")} == {
-        **{"questions": 8, "wins": 6, "losses": 2, "empty": 0, "unparsed": 0, "unanswered": 0}
+    assert {key: found[key] for key in ("questions", "wins", "losses", "empty", "unparsed", "lenient")} == {
+        **{"questions": 8, "wins": 6, "losses": 2, "empty": 0, "unparsed": 0, "lenient": 0}
     }
+    assert found["unanswered"] == 0
     assert found["win_rate"] == 0.75
     assert found["standard_error"] == pytest.approx((0.75 * 0.25 / 8) ** 0.5)
     assert found["judge"] == {"model": "tiny", "options": {"temperature": 0, "max_tokens": 99}, "seed": 0}
-    assert sorted(row["id"] for row in verdicts(tmp_path)) == list(range(8))
-    assert all(row["verdict"] == ("model" if row["id"] < 6 else "reference") for row in verdicts(tmp_path))
+    assert sorted(row["id"] for row in kept(tmp_path)) == list(range(8))
+    assert all(row["verdict"] == ("model" if row["id"] < 6 else "reference") for row in kept(tmp_path))
     path, body = server.bodies[0]
     assert path == "/v1/chat/completions"
     assert body["model"] == "tiny" and body["temperature"] == 0 and body["max_tokens"] == 99
@@ -243,7 +383,7 @@ def test_concurrency_is_bounded(tmp_path, serve):
 
 def test_unparsed_and_empty_are_counted_apart(tmp_path, serve, capsys):
     def odd(handler, prompt, n):
-        text = {"post 1": 'Preferred: "A"', "post 2": None, "post 3": ""}
+        text = {"post 1": "Preferred: A or B", "post 2": None, "post 3": ""}
         found = next((text[key] for key in text if f"[post]\n{key}\n" in prompt), right(prompt))
         handler.reply(200, completion(found))
 
@@ -256,6 +396,73 @@ def test_unparsed_and_empty_are_counted_apart(tmp_path, serve, capsys):
     assert found["win_rate"] == 2 / 5
     assert len(server.seen) == 7  # an empty summary has lost, unasked
     assert "3 unparsed" in capsys.readouterr().out
+
+
+def test_what_is_read_leniently_is_counted(tmp_path, serve, capsys):
+    """Reasoning for the other one before a bold verdict; lower case; a list of parts; to the letter: all are right."""
+
+    def loose(handler, prompt, n):
+        text, other = right(prompt), "AB"[right(prompt).endswith("A")]
+        ours = text[-1]
+        odd = {
+            "post 0": f"<think>\nPreferred: {other}\n</think>\n**Preferred: Summary {ours}.**",
+            "post 1": f"preferred: {ours.lower()}",
+            "post 2": [{"type": "thinking", "thinking": f"Preferred: {other}"}, {"type": "text", "text": text}],
+        }
+        handler.reply(200, completion(next((odd[key] for key in odd if f"[post]\n{key}\n" in prompt), text)))
+
+    judge.judge(flags(answers(tmp_path), serve(loose).url))
+    found = json.loads((tmp_path / "z.verdicts.json").read_text())
+    assert (found["win_rate"], found["lenient"], found["unparsed"]) == (0.75, 2, 0)
+    assert "0 unparsed, 0 unanswered, 2 read leniently" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("body", "asked", "why"),
+    [
+        ({"error": {"message": "Insufficient credits. Add more.", "code": 402}}, 1, "error 402: Insufficient credits"),
+        ({"error": {"message": "No such model", "code": 404}}, 1, "HTTP 200, but error 404: No such model)"),
+        ({"error": {"message": "Slow down", "code": 429}}, 3 * 4, "HTTP 200, but error 429: Slow down (3 attempts)"),
+        ({"error": f"overloaded, says {KEY}"}, 3 * 4, "HTTP 200, but error: overloaded, says *** (3 attempts)"),
+        (reply("", "error"), 3 * 4, "the judge broke off (finish_reason: error) (3 attempts)"),
+        ('data: {"choices": [{"delta": {}}]}', 1, "the server streams its answer"),
+    ],
+)  # fmt: skip
+def test_an_error_in_an_answer_of_200(tmp_path, serve, body, asked, why):
+    """Its words are told; it is asked again only where that can help; such a question is unanswered, not unparsed."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    server = serve(lambda handler, prompt, n: handler.reply(200, text.encode()))
+    message = judged_with_error(flags(answers(tmp_path), server.url, concurrency=1))
+    assert message.startswith("8 of 8 questions have no answer (row 0: ") and why in message
+    assert len(server.seen) == asked and kept(tmp_path) == []
+
+
+def test_an_error_that_passes(tmp_path, serve):
+    """429 and 502 in the body of the first answers; then the judge answers."""
+
+    def busy(handler, prompt, n):
+        errors = [{"error": {"code": 429, "message": "busy"}}, {"choices": [{"error": {"code": 502, "message": "no"}}]}]
+        handler.reply(200, json.dumps(errors[n]).encode() if n < 2 else completion(right(prompt)))
+
+    judge.judge(flags(answers(tmp_path, n=3, good=2), serve(busy).url))
+    assert json.loads((tmp_path / "z.verdicts.json").read_text())["win_rate"] == 2 / 3
+
+
+def test_words_of_an_http_error(tmp_path, serve):
+    """The message in its JSON; no credit is no credit for any question, whatever the code."""
+    body = {"error": {"message": "You exceeded your quota", "type": "insufficient_quota", "code": "insufficient_quota"}}
+    for status, error in ((402, {"detail": "Pay first"}), (429, body)):
+        server = serve(lambda handler, prompt, n, e=error, s=status: handler.reply(s, json.dumps(e).encode()))
+        message = judged_with_error(flags(answers(tmp_path), server.url, concurrency=1))
+        told = "Pay first)" if status == 402 else "You exceeded your quota (insufficient_quota))"
+        assert f"HTTP {status}: {told}" in message
+        assert len(server.seen) == 1
+
+
+def test_a_short_key_is_no_part_of_a_word():
+    hidden = judge.Judge("http://h", "m", "k").hide
+    assert hidden("<think> asked with k, of 'k'") == "<think> asked with ***, of '***'"
+    assert judge.Judge("http://h", "m", KEY).hide(f"x{KEY}y") == "x***y"
 
 
 def garbage(handler, prompt, n):
@@ -319,7 +526,7 @@ def test_a_bad_judge_is_asked_again(tmp_path, serve, answer, kw):
     server = serve(answer)
     judge.judge(flags(answers(tmp_path, n=3, good=2), server.url, **kw))
     assert json.loads((tmp_path / "z.verdicts.json").read_text())["win_rate"] == 2 / 3
-    assert len(verdicts(tmp_path)) == 3
+    assert len(kept(tmp_path)) == 3
 
 
 def test_retry_after_is_honoured(tmp_path, serve):
@@ -385,7 +592,7 @@ def test_one_question_that_is_refused(tmp_path, serve, capsys):
     message = judged_with_error(flags(path, server.url, concurrency=1))
     assert message.startswith("1 of 8 questions have no answer (row 3: HTTP 400: content filter)")
     assert "--skip-failed" in message
-    assert len(verdicts(tmp_path)) == 7 and len(server.seen) == 8
+    assert len(kept(tmp_path)) == 7 and len(server.seen) == 8
     judge.judge(flags(path, server.url, skip_failed=True))
     assert json.loads((tmp_path / "z.verdicts.json").read_text())["unanswered"] == 1
     assert "(5 of 7, 0 of them empty); 0 unparsed, 1 unanswered" in capsys.readouterr().out
@@ -410,14 +617,14 @@ def test_goes_on_after_a_kill(tmp_path, serve):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     hold.set()
-    before = verdicts(tmp_path)
+    before = kept(tmp_path)
     assert len(before) == 5
     with open(tmp_path / "z.verdicts.jsonl", "ab") as file:
         file.write(b'{"key": "torn')
     asked = len(server.seen)
     judge.judge(flags(path, server.url))
     assert len(server.seen) == asked + 5
-    assert verdicts(tmp_path)[:5] == before and len(verdicts(tmp_path)) == 10
+    assert kept(tmp_path)[:5] == before and len(kept(tmp_path)) == 10
     assert json.loads((tmp_path / "z.verdicts.json").read_text())["win_rate"] == 0.6
 
 
@@ -434,7 +641,7 @@ def test_ctrl_c_waits_for_the_answers_under_way(tmp_path, serve):
     server = serve(interrupted)
     with pytest.raises(KeyboardInterrupt):
         judge.judge(flags(answers(tmp_path), server.url, concurrency=1))
-    assert len(verdicts(tmp_path)) == len(server.seen) == 3
+    assert len(kept(tmp_path)) == len(server.seen) == 3
 
 
 def test_another_text_or_judge_is_asked_anew(tmp_path, serve):
@@ -517,7 +724,7 @@ def test_bad_input(tmp_path, serve, monkeypatch):
 def test_none_parsed(tmp_path, serve):
     server = serve(lambda handler, prompt, n: handler.reply(200, completion("both are fine")))
     assert "none of the 8 answers" in judged_with_error(flags(answers(tmp_path), server.url))
-    assert len(verdicts(tmp_path)) == 8
+    assert len(kept(tmp_path)) == 8
 
 
 def test_command_line(tmp_path, serve, monkeypatch, capsys):
@@ -591,4 +798,4 @@ def test_transformers_serve(tmp_path, monkeypatch):
         server.wait()
     found = json.loads((tmp_path / "z.verdicts.json").read_text())
     assert found["chose_a"] == 1 and found["unparsed"] == 0
-    assert found["wins"] == sum(row["model_is"] == "A" for row in verdicts(tmp_path)) > 0
+    assert found["wins"] == sum(row["model_is"] == "A" for row in kept(tmp_path)) > 0

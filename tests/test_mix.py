@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
+from core.noise import draw, noise_keys
 from generate import REDRAW, coins, generate, mix
-from lib.noise import draw, noise_keys
 from test_generate import V, chi_square_ok, next_logits, ragged
 from tiny import ARCHS, model
 
@@ -242,3 +242,16 @@ def test_bad_input_is_one_clear_line(bad, message):
     with pytest.raises(ValueError, match=message) as error:
         mix(model("gpt2"), args.pop("prompts"), args.pop("responses"), **args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_row_is_handed_over_once(method):
+    lm, (prompts, ys), made = model("gpt_neox"), pairs(), {}
+    args = {"beta": 0.3, "seed": 2, "method": method, "batch_size": 2}
+
+    def each(i, g):
+        assert i not in made
+        made[i] = g
+
+    assert mix(lm, prompts, ys, each=each, **args) == []
+    assert [made[i] for i in range(len(ys))] == mix(lm, prompts, ys, **args)

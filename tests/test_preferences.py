@@ -23,8 +23,8 @@ import rac_options
 import sft
 import spin
 import tiny
-from lib import fsdp, preferences
-from lib.ranks import cli, fold_in
+from core import fsdp, preferences
+from core.ranks import cli, fold_in
 from test_training import largest_difference, launch, log
 
 STAGES = {"sft": sft, "spin": spin, "dpo": dpo, "rac": rac}
@@ -424,7 +424,7 @@ def test_top_labels_are_those_of_one_plain_pass_each():
     assert [row["z_bar"] for row in labels] == rac.rac_labels(model, f, z)
     for prompt, own, row in zip(f, z, labels, strict=True):
         logp = model(torch.tensor([prompt + own]), use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        assert row["top_ids"] == logp.topk(5).indices.tolist()
+        assert row["top_ids"].tolist() == logp.topk(5).indices.tolist()
         assert torch.allclose(torch.tensor(row["top_logp"]), logp.topk(5).values, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ import rac_options
 import sft
 import sums
 import tiny
-from lib import ranks
+from core import ranks
 from test_sums import ids_of, tokenizer
 from tools import controls
 

@@ -18,7 +18,7 @@ import pytest
 
 import tiny
 import toy
-from lib import ranks, tables
+from core import ranks, tables
 from tools import corrections, plots, show
 
 HOSTILE = ["<script>document.title='owned'</script>", "<img/src=x/onerror=alert(1)>", "</div></main>", "&lt;", '"><b>']

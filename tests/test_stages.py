@@ -19,7 +19,7 @@ import rac_options
 import scs
 import sft
 import tiny
-from lib import fsdp, ranks
+from core import fsdp, ranks
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac}

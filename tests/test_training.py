@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 import ddp_utils
 import folders
 import tiny
-from lib import fsdp, ranks
+from core import arrow, fsdp, ranks
 
 HERE = Path(__file__).parent
 STAGES = ("sft", "scs", "bash", "rac")
@@ -94,6 +96,49 @@ def test_every_epoch_is_a_permutation(n, size):
     epochs = [sum(batches[e * per_epoch : (e + 1) * per_epoch], []) for e in range(3)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert n < 10 or epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_step_is_its_definition(tmp_path, monkeypatch, world_size, soft):
+    """Rows of the batch by length, dealt to the ranks; each rank makes its own alone, and counts the tokens of all."""
+    from datasets import Dataset
+
+    import batches
+    from core import stage
+
+    rng, rows = random.Random(0), []
+    for i in range(23):
+        x, z = ([rng.randrange(60) for _ in range(rng.randint(1, 9))] for _ in range(2))
+        rows.append({"id": 7 * i, "x": x, "y": z[::-1], "z": z, "y_logp": i / 7})
+        if soft:
+            top = np.array([[t, t + 1] for t in z], np.int32)
+            rows[-1] |= {"top_ids": top, "top_logp": -top.astype(np.float32) / 3}
+    arrow.write(tmp_path / "rows.arrow", [arrow.table(rows[:9]), arrow.table(rows[9:])])
+    data = Dataset.from_file(str(tmp_path / "rows.arrow"))
+    plain = data.to_list()
+    flags = f"--model m --task toy --out {tmp_path} --batch-size 8 --micro-batch-size 2 --checkpoint-every 0"
+    args = stage.parser("").parse_args(flags.split())
+    monkeypatch.setattr(ddp_utils, "WORLD", world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(ddp_utils, "RANK", rank)
+        run = ddp_utils.Run.__new__(ddp_utils.Run)
+        run.args, run.phase, run.resume, run.stopped = args, 0, {"phase": 0, "step": 0}, False
+        run.params = [torch.nn.Parameter(torch.zeros(1))]
+        for k, step in enumerate(run.steps(data, 2)):
+            picked = ddp_utils.batch_rows(23, k, 8, ranks.fold_in(args.seed, 0))
+            batch = sorted((plain[i] for i in picked), key=batches.length)
+            share = math.ceil(len(batch) / world_size)
+            mine = batch[rank::world_size]
+            empty = {key: value if key in ("id", "x") else [] for key, value in batch[0].items()}
+            mine += [empty] * (share - len(mine))
+            made = [row for some in step.micro_batches for row in some]
+            as_lists = [{key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in row.items()} for row in made]
+            assert as_lists == mine and [len(some) for some in step.micro_batches][0] == 2
+            assert step.ids == [row["id"] for row in batch]
+            for name in ("x", "y", "z"):
+                assert step.tokens(name) == sum(len(row[name]) for row in batch)
+            run._step = None
 
 
 def test_fold_in_gives_distinct_seeds():

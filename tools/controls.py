@@ -22,11 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from whatever folder this is called
 import evaluate
 import sums
+from core.chat import response_text
+from core.flags import count, new_parser
+from core.fsdp import load_tokenizer
+from core.ranks import cli, print0
 from data import Dataset
 from folders import fingerprint, read_pairs, write_json
-from lib.flags import count, new_parser
-from lib.fsdp import load_tokenizer
-from lib.ranks import cli, print0
 
 
 def noise(d_s: Dataset, seed: int, anywhere: bool = False) -> Dataset:
@@ -63,7 +64,7 @@ def wrong(d_r: Dataset, tokenizer: object, task: str) -> Dataset:
     find, equal = evaluate.CHECKS[task]
 
     def mask(row: dict) -> dict:
-        y, z = (find(tokenizer.decode(row[name], skip_special_tokens=True)) for name in ("y", "z"))
+        y, z = (find(response_text(tokenizer, row[name])) for name in ("y", "z"))
         return {"z_bar": row["z"] if equal(z, y) else row["z_bar"]}
 
     return d_r.map(mask, load_from_cache_file=False)

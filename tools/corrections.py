@@ -11,9 +11,9 @@ import sys
 import unicodedata
 from pathlib import Path
 
+from core.fsdp import load_tokenizer
+from core.ranks import print0
 from folders import read_pairs
-from lib.fsdp import load_tokenizer
-from lib.ranks import print0
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --fore: #1a1a1a; --soft: #595959; --line: #c8c8c8; --box: #f5f5f5;

@@ -7,9 +7,9 @@ The judge is any OpenAI-compatible endpoint. Each verdict is appended to a file 
 on without asking (and paying) twice. The win rate goes into the results.json of `evaluate.py run`, for its table.
 
 Decisions
-- The judge reads the whole post. One `Preferred: A` or `Preferred: B` on a line of its own is a verdict; anything else
-  is unparsed and counted apart. An empty summary has lost, unasked. The layout of the prompt's headings is ours, where
-  the paper's listing is not clear.
+- The judge reads the whole post. One `Preferred: A` or `Preferred: B` on a line of its own is a verdict. One that says
+  so in bold, with a last point or the like is read, and counted apart; anything else is unparsed (tools/verdicts.py).
+  An empty summary has lost, unasked. The layout of the prompt's headings is ours, where the paper's is not clear.
 - Which summary is A is drawn for each example by (--seed, example).
 - The key is read from the environment alone, sent to that host alone, and written nowhere.
 """
@@ -41,10 +41,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from whatever folder this is called
 import data
+from core.flags import count, new_parser, number
+from core.ranks import cli, first_line, fold_in, print0
+from core.rows import read
 from folders import write_json
-from lib.flags import count, new_parser, number
-from lib.ranks import cli, first_line, fold_in, print0
-from lib.rows import read
+from tools.verdicts import Unanswered, answer_in, error_in, fault, preferred, to_the_letter
 
 PROMPT = """\
 Which of the following summaries does a better job of summarizing the most important points in the given forum post, \
@@ -64,23 +65,7 @@ FIRST provide a one-sentence comparison of the two summaries, explaining which y
 SECOND, on a new line, state only A or B to indicate your choice. Your response should use the format:
 Comparison: one-sentence comparison and explanation
 Preferred: A or B"""  # appendix A.1
-RETRY = (408, 409, 425, 429)  # and 5xx: the same question may be answered later
 PATIENCE = 600.0  # seconds of Retry-After that are waited for
-
-
-def preferred(answer: str) -> str | None:
-    """ "A" or "B"; None unless exactly one line is `Preferred: A` or `Preferred: B`, to the letter."""
-    found = re.findall(r"^[ \t]*Preferred:(.*)$", answer.replace("\r\n", "\n"), re.MULTILINE)
-    choice = found[0].strip() if len(found) == 1 else None
-    return choice if choice in ("A", "B") else None
-
-
-class Unanswered(Exception):
-    """No answer to one question. `final`: none to any other either."""
-
-    def __init__(self, why: str, final: bool = False) -> None:
-        super().__init__(why)
-        self.final = final
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -112,24 +97,27 @@ class Judge:
             self.pause(self.not_before - time.monotonic())
             after = 0.0
             try:
-                return self.once(request)
+                return self.hide(self.once(request))
             except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code}: {self.said(error)}"
-                if error.code not in RETRY and error.code < 500:
-                    raise Unanswered(why, final=error.code in (401, 403, 404) or error.code < 400) from None
+                found = fault(f"HTTP {error.code}", error.code, self.said(error))
                 after = retry_after(error.headers.get("Retry-After"))
-                if after > PATIENCE:
-                    raise Unanswered(f"{why} (asks to wait {after:.0f} s)", final=True) from None
+                if found.again and after > PATIENCE:
+                    found = Unanswered(f"{found} (asks to wait {after:.0f} s)", final=True)
                 self.not_before = max(self.not_before, time.monotonic() + after)
+            except Unanswered as error:
+                found = error
             except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no JSON, or no answer in it
-                why = self.hide(first_line(getattr(error, "reason", None) or error))
-                why = "timed out" if isinstance(error, TimeoutError) else why
+                why = "timed out" if isinstance(error, TimeoutError) else getattr(error, "reason", None) or error
+                found = Unanswered(why if isinstance(why, str) else first_line(why), again=True)
+            why = self.hide(str(found))
+            if not found.again:
+                raise Unanswered(why, final=found.final) from None
             if attempt < self.retries:
                 self.pause(max(after, min(60, self.wait * 2**attempt) * random.uniform(0.5, 1)))
         raise Unanswered(f"{why} ({self.retries + 1} attempts)")
 
     def once(self, request: urllib.request.Request) -> str:
-        """One attempt, within `timeout` seconds in all. A judge that says null has answered: "" is unparsed."""
+        """One attempt, within `timeout` seconds in all."""
         ends, parts = time.monotonic() + self.timeout, []
         with urllib.request.build_opener(NoRedirect).open(request, timeout=self.timeout) as reply:
             while part := reply.read1(1 << 16):
@@ -138,29 +126,28 @@ class Judge:
                     raise TimeoutError
                 if sum(map(len, parts)) > 1 << 22:
                     raise ValueError("the answer has no end")
-        try:
-            content = json.loads(b"".join(parts))["choices"][0]["message"].get("content") or ""
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise ValueError("not the JSON of a chat completion") from None
-        if not isinstance(content, str):
-            raise ValueError("the answer is not text")
-        return self.hide(content)
+        return answer_in(self.hide(b"".join(parts).decode("utf-8-sig", errors="replace")))
 
     def pause(self, seconds: float) -> None:
         if seconds > 0 and self.stop.wait(seconds) or self.stop.is_set():
             raise Unanswered("stopped", final=True)
 
     def said(self, error: urllib.error.HTTPError) -> str:
-        """The start of an error's text, on one line."""
+        """The words of an error, or the start of its text, on one line."""
         try:
-            text = error.read(2000).decode(errors="replace")
+            text = self.hide(error.read(2000).decode(errors="replace"))
         except (OSError, http.client.HTTPException):
             text = ""
-        return self.hide(" ".join(text.split())[:200] or str(error.reason))
+        try:
+            told = error_in(json.loads(text), {})
+        except (ValueError, AttributeError, RecursionError):
+            told = None
+        return told[1] if told else " ".join(text.split())[:200] or str(error.reason)
 
     def hide(self, text: str) -> str:
-        """Without the key, should a server repeat it."""
-        return text.replace(self.key, "***") if self.key else text
+        """Without the key, should a server repeat it. A short one (k, EMPTY) is hidden as a word, not within words."""
+        key = re.escape(self.key) if len(self.key) >= 8 else rf"(?<!\w){re.escape(self.key)}(?!\w)"
+        return re.sub(key, "***", text) if self.key else text
 
 
 def retry_after(value: str | None) -> float:
@@ -292,13 +279,15 @@ def questions_of(rows: list[dict], model: str, options: dict, seed: int) -> list
 
 def win_rate(questions: list[dict], verdicts: dict[str, dict]) -> dict:
     """Counts, and the share of parsed verdicts for the model with its standard error. An empty response has lost."""
-    chosen = [(q, preferred(verdicts[q["key"]]["answer"])) for q in questions if q["key"] in verdicts]
+    answered = [(q, verdicts[q["key"]]["answer"]) for q in questions if q["key"] in verdicts]
+    chosen = [(q, preferred(answer)) for q, answer in answered]
     empty = sum(q["empty"] for q in questions)
     wins = sum(choice == q["model_is"] for q, choice in chosen)
     parsed = sum(choice is not None for _, choice in chosen)
     n = parsed + empty
     return {
         "questions": len(questions), "wins": wins, "losses": n - wins, "empty": empty,
+        "lenient": sum(preferred(answer) is not None and not to_the_letter(answer) for _, answer in answered),
         "unparsed": len(chosen) - parsed, "unanswered": len(questions) - empty - len(chosen),
         "win_rate": wins / n if n else None,
         "standard_error": math.sqrt(wins / n * (1 - wins / n) / n) if n else None,
@@ -392,7 +381,8 @@ def judge(args: argparse.Namespace) -> None:
     print(
         f"win rate {found['win_rate']:.1%} ± {found['standard_error']:.1%} against the reference "
         f"({found['wins']} of {found['wins'] + found['losses']}, {found['empty']} of them empty); "
-        f"{found['unparsed']} unparsed, {found['unanswered']} unanswered; A chosen {found['chose_a'] or 0:.0%}"
+        f"{found['unparsed']} unparsed, {found['unanswered']} unanswered, {found['lenient']} read leniently; "
+        f"A chosen {found['chose_a'] or 0:.0%}"
     )
 
 

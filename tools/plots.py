@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from core.answers import optional
+from core.ranks import first_line, print0
+from core.rows import read
+from core.tables import SAME, mean_se, percent, read_results, title
 from folders import write_json
-from lib.answers import optional
-from lib.ranks import first_line, print0
-from lib.rows import read
-from lib.tables import SAME, mean_se, percent, read_results, title
 
 # ---------------------------------------------------------------------------------------------- plots
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))

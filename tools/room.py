@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from whatever folder this is called
 import torch
 
-from lib.flags import new_parser, positive
-from lib.fsdp import load_tokenizer
-from lib.ranks import cli, first_line
+from core.flags import new_parser, positive
+from core.fsdp import load_tokenizer
+from core.ranks import cli, first_line
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, from whatever folder this is called
-from lib.flags import count, new_parser, number, positive
-from lib.ranks import cli
+from core.flags import count, new_parser, number, positive
+from core.ranks import cli
 from tools.corrections import corrections
 from tools.plots import distance, pass_at_k, plots
 

@@ -1,54 +1,56 @@
 """Rows of text from a file or a hub set, and what each says: a prompt and its response.
 
-    rows, source = source_rows("train.jsonl", hub=(), split="train")
+    rows, source = source_rows("train.jsonl", hub=(), split="train")        # nothing is read yet
     columns = named("", prompt="question", response="answer")               # which --columns may change
-    found = pairs("gsm8k", rows[0], columns, "train.jsonl, row 0", True)     # [{"prompt": ..., "response": ...}]
+    for i, row in numbered(rows, source, limit=1000):
+        found = pairs("gsm8k", row, columns, f"{source}, row {i}", True)    # [{"prompt": ..., "response": ...}]
 
 Whatever is not as it should be is a ValueError (or OSError) of one line that names the file, the row and the column.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+import re
+from collections.abc import Iterable, Iterator
 
 Turns = list[dict[str, str]]  # of a dialogue: {"role": …, "content": …}
 
 
 # ---------------------------------------------------------------------------------------------- files
 def read(path: str) -> list[dict]:
-    """The rows of a local .jsonl, .json (a list) or .parquet file. Raises ValueError naming file and line."""
-    if path.endswith(".parquet"):
-        from datasets import Dataset
+    """All rows of `each_row`."""
+    return list(each_row(path))
 
-        try:
-            return Dataset.from_parquet(path).to_list()
-        except Exception as error:
-            raise ValueError(f"{path}: not a readable parquet file, or without rows ({error})") from None
+
+def each_row(path: str) -> Iterator[dict]:
+    """The rows of a local .jsonl, .json (a list) or .parquet file, read as they are asked for (a .json whole). Raises
+    ValueError naming file and line."""
+    if path.endswith(".parquet"):
+        yield from each_parquet_row(path)
+        return
     try:
         with open(path, encoding="utf-8-sig") as file:
             if path.endswith(".json"):
                 rows = json.load(file)
                 if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
                     raise ValueError(f"{path}: a .json file must hold a list of objects")
-                return rows
-            rows = []
+                yield from rows
+                return
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError as error:
                     reason = getattr(error, "msg", error)
                     raise ValueError(f"{path}, line {number}: not valid JSON ({reason})") from None
-                if not isinstance(rows[-1], dict):
+                if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: must be an object with the columns of the task")
-            return rows
+                yield row
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -57,14 +59,28 @@ def read(path: str) -> list[dict]:
         raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
 
 
-def source_rows(path: str | None, hub: tuple[str, ...], split: str) -> tuple[list[dict] | Dataset, str]:
-    """The rows of a local file, of another hub set, or (path None) of the hub set `hub`; and the source's name."""
+def each_parquet_row(path: str) -> Iterator[dict]:
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if not file.metadata.num_rows:
+                raise ValueError("0 rows")
+            for some in file.iter_batches(1000):
+                yield from some.to_pylist()
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable parquet file, or without rows ({error})") from None
+
+
+def source_rows(path: str | None, hub: tuple[str, ...], split: str) -> tuple[Iterable[dict], str]:
+    """The rows of a local file, of another hub set, or (path None) of the hub set `hub`, and the source's name. A file
+    is read as its rows are asked for."""
     if path == "":
         raise ValueError("--data is empty: give a file or a hub set, or leave the flag out")
     if path and os.path.splitext(path)[1] in (".jsonl", ".json", ".parquet"):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"--data {path}: no such file")
-        rows, source = read(path), path
+        rows, source = each_row(path), path
     else:
         if path and os.path.exists(path):
             raise ValueError(f"--data {path}: must be a .jsonl, .json or .parquet file, or the name of a hub set")
@@ -79,9 +95,16 @@ def source_rows(path: str | None, hub: tuple[str, ...], split: str) -> tuple[lis
             what = f"--data {path}: no such file, and as a hub set it" if path else f"hub set {name} ({split})"
             raise ValueError(f"{what} could not be loaded: {reason}{'' if path else '; --data takes a file'}") from None
         rows = datasets.concatenate_datasets(parts)
-    if not len(rows):
-        raise ValueError(f"{source}: no rows")
     return rows, source
+
+
+def numbered(rows: Iterable[dict], source: str, limit: int) -> Iterator[tuple[int, dict]]:
+    """The rows with their numbers, up to `limit` of them (0: all). Raises ValueError where there are none."""
+    i = -1
+    for i, row in enumerate(itertools.islice(rows, limit or None)):
+        yield i, row
+    if i < 0:
+        raise ValueError(f"{source}: no rows")
 
 
 def read_scores(what: str, path: str, samples: dict[int, int]) -> dict[int, list[float]]:
@@ -163,12 +186,13 @@ def dialogue(messages: list, where: str) -> Turns:
 
 
 def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool = True) -> dict[str, str]:
-    """`prompt` and `response` of a row, checked. `where` names the row in errors."""
+    """`prompt` and `response` of a row, checked. `where` names the row in errors. Of columns that are joined, one
+    without a value is passed over."""
     texts = {}
     for key, names in wanted.items():
-        parts = []
-        for name in names.split("+"):
-            if name not in row and key == "response" and not need_response:
+        several, parts = names.split("+"), []
+        for name in several:
+            if missing(row.get(name)) and key == "response" and not need_response:
                 continue
             if name not in row:
                 there = ", ".join(row) or "none"
@@ -177,16 +201,42 @@ def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool =
             if (key, name) == ("response", "messages") and isinstance(value, list):  # a dialogue: the first answer
                 turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == "assistant"]
                 value = turns[0].get("content") if turns else ""
-            if not isinstance(value, str):
-                raise ValueError(f"{where}: column {name!r} is {type(value).__name__}, not text")
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                bad = f"column {name!r} is not text at character {error.start} (a lone surrogate)"
-                raise ValueError(f"{where}: {bad}; remove the row") from None
-            if value.strip():
+            if missing(value) and several[1:]:
+                continue
+            if checked(value, name, where, dialogue=key == "content").strip():
                 parts.append(value)
         texts[key] = "\n\n".join(parts)
         if not texts[key] and (key == "prompt" or need_response):
             raise ValueError(f"{where}: empty {key} (column {names!r}); remove the row")
     return texts
+
+
+def optional_texts(row: dict, names: tuple[str, ...], where: str) -> dict[str, str]:
+    """The texts of columns that a row need not have, checked; "" where there is none."""
+    found = {name: "" if missing(row[name]) else checked(row[name], name, where) for name in names if name in row}
+    return {name: text if text.strip() else "" for name, text in found.items()}
+
+
+def missing(value: object) -> bool:
+    """None, and NaN, as which tables write a missing text."""
+    return value is None or value != value
+
+
+def checked(value: object, name: str, where: str, dialogue: bool = False) -> str:
+    """The value of a column, where it is a text that can be learnt. dialogue: also one of a dialogue in JSON. Raises
+    ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: column {name!r} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        bad = f"column {name!r} is not text at character {error.start} (a lone surrogate)"
+        raise ValueError(f"{where}: {bad}; remove the row") from None
+    if not dialogue and AS_TEXT.fullmatch(value) and all(re.search(key, value) for key in MESSAGE):
+        raise ValueError(f"{where}: column {name!r} is a dialogue as text, not a list of messages; parse it first")
+    return value
+
+
+# A list of messages, as JSON or as Python shows it.
+AS_TEXT = re.compile(r"""["'\s]*\[\s*\{.*\}\s*\]["'\s]*""", re.DOTALL)
+MESSAGE = (r"""["'](role|from)\\*["']\s*:""", r"""["'](content|value)\\*["']\s*:""")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from data import TASKS, encode
-from lib.rows import named, one_row, source_rows
+from core.ahead import Ahead
+from core.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
+from core.chat import Remarks, chat, ends
+from core.rows import named, numbered, one_row, optional_texts, source_rows
+from data import TASKS, encode, qa_f
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,36 +52,46 @@ def preference(row: dict, wanted: dict[str, str], where: str) -> dict[str, str]:
 def load_preferences(args: argparse.Namespace, tokenizer) -> tuple[Dataset, list[str]]:
     """Tokenised pairs with the flags of dpo.py: columns id, x, y (the chosen response) and z (the rejected one), both
     cut to what --max-length leaves beside x; and notes on what was cut or left out. Raises ValueError."""
-    from datasets import Dataset
-
     spec, (hub, split) = TASKS[args.task], PREFERENCES
     rows, source = source_rows(args.data, (hub,), split if args.data in (None, hub) else "train")
     wanted = named(args.columns, prompt="prompt", chosen="chosen", rejected="rejected")
     most = min(args.max_prompt or spec.max_prompt, args.max_length - 1)
-    kept, cut, long, empty, equal = [], 0, [], [], []
-    for i in range(min(len(rows), args.limit or len(rows))):
-        row = rows[i] | preference(rows[i], wanted, f"{source}, row {i}")
-        y, z = (spec.before_response + row[side].strip() for side in ("chosen", "rejected"))
-        x, y = encode(tokenizer, spec.x(row, tokenizer, most), y)
-        _, z = encode(tokenizer, spec.x(row, tokenizer, most), z)
-        room = min(args.max_response or spec.max_response, args.max_length - len(x))
-        if not (row["chosen"] and row["rejected"]):
-            empty.append(i)
-        elif len(x) > most:
-            long.append(i)
-        elif y[:room] == z[:room]:  # as far as they are read
-            equal.append(i)
-        else:
-            cut += (len(y) > room) + (len(z) > room)
-            tokens = {"x": x, "y": y[:room], "z": z[:room]}
-            kept.append({"id": i} | {name: np.asarray(ids, np.int32) for name, ids in tokens.items()})
-    notes = [f"{len(kept)} pairs, templates of task {args.task}, from {source}"]
-    whys = (f"x over {most} tokens (--max-prompt)", "chosen or rejected is empty", "chosen equals rejected")
-    for why, ids in zip(whys, (long, empty, equal)):
-        if ids:
-            notes.append(f"{len(ids)} rows left out: {why}, first: row {ids[0]}")
-    if cut:
-        notes.append(f"{cut} responses cut (--max-length, --max-response), without EOS")
-    if not kept:
+    whys = {"long": f"x over {most} tokens (--max-prompt)", "empty": "chosen or rejected is empty"}
+    whys["equal"] = "chosen equals rejected"
+
+    def checked(row: dict, i: int) -> dict:
+        where = f"{source}, row {i}"
+        return row | optional_texts(row, spec.optional, where) | preference(row, wanted, where) | {"row": i}
+
+    def convert(tokenizer: Ahead, some: list[tuple[int, dict]], said: Said) -> list[dict]:
+        remarks, columns = Remarks(tokenizer, said.remarks), ("prompt", "chosen", "rejected", *spec.optional)
+        some = [(i, remarks.read(checked(row, i), columns)) for i, row in some]
+        prompts = tokenizer.each(lambda row: spec.x(row[1], tokenizer, most), some)
+        sides = []
+        for side in ("chosen", "rejected"):
+            texts = [(x, spec.before_response + row[side].strip()) for x, (_, row) in zip(prompts, some)]
+            sides.append(tokenizer.each(lambda text: encode(tokenizer, *text), texts))
+        kept = []
+        for (i, row), (x, y), (_, z) in zip(some, *sides):
+            room = min(args.max_response or spec.max_response, args.max_length - len(x))
+            if not (row["chosen"] and row["rejected"]):
+                said.left_out("empty", i)
+            elif len(x) > most:
+                said.left_out("long", i)
+            elif y[:room] == z[:room]:  # as far as they are read
+                said.left_out("equal", i)
+            else:
+                said.cut += (len(y) > room) + (len(z) > room)
+                kept.append({"id": i, "x": x, "y": y[:room], "z": z[:room]})
+        return kept
+
+    flags = (args.columns, args.limit, most, args.max_response or spec.max_response, args.max_length)
+    of_task = ("preferences", args.task, spec.before_response, hash_of_functions(convert, encode, chat, named, spec.x))
+    key = (*of_task, *flags, hash_of_source(rows, source), hash_of_tokenizer(tokenizer), ends(tokenizer))
+    found, said = tokenised(key, tokenizer, numbered(rows, source, args.limit), convert)
+    notes = [f"{said.kept} pairs, templates of task {args.task}, from {source}", *said.why(whys)]
+    if said.cut:
+        notes.append(f"{said.cut} responses cut (--max-length, --max-response), without EOS")
+    if not said.kept:
         raise ValueError(f"no pair is left: {'; '.join(notes[1:])}")
-    return Dataset.from_list(kept), notes
+    return found, notes + Remarks(tokenizer, said.remarks).notes(uses_template=spec.f is qa_f)

@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import evaluate
 import sums
+from core.flags import count, data_flags, group, new_parser, number, positive
+from core.fsdp import check_rows, load_tokenizer, model_of
+from core.ranks import WORLD, init, print0
 from data import TASKS, Dataset
 from ddp_utils import Run
-from folders import open_out, read_pairs
-from lib.flags import count, data_flags, group, new_parser, number, positive
-from lib.fsdp import check_rows, load_tokenizer, model_of
-from lib.ranks import WORLD, init, print0
+from folders import check_saves, open_out, read_pairs
 
 
 def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
@@ -69,7 +69,8 @@ def start(
         print0(note)
     if len(examples) < WORLD:
         raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
-    model = model_of(args)
+    model = model_of(args, tokenizer)
+    check_saves(model, tokenizer, args)
     check_rows(model, examples, where, max_new_tokens)
     size = min(args.batch_size, len(examples))
     accumulation = math.ceil(math.ceil(size / WORLD) / args.micro_batch_size)

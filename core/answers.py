@@ -15,7 +15,8 @@ import statistics
 from collections.abc import Callable
 from types import ModuleType
 
-from lib.ranks import first_line
+from core import latex, verify
+from core.ranks import first_line
 
 
 def optional(module: str, package: str) -> ModuleType:
@@ -40,56 +41,47 @@ def gsm8k_flexible(text: str) -> str | None:
 
 
 def math_answer(text: str) -> str | None:
-    """What stands in the last \\boxed{} or \\fbox{}, or behind `\\boxed `; None if there is none or it never closes."""
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+)", text))
-    if not boxes:
-        return None
-    inside = text[boxes[-1].end() :]
-    if not boxes[-1].group(1):
-        return re.match(r"[^$\n]*", inside).group().strip() or None
-    depth = 1
-    for brace in re.finditer(r"\\[\\{}]|[{}]", inside):  # an escaped brace is a symbol
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if not depth:
-            return inside[: brace.start()].strip()
-    return None
+    """What stands in the last \\boxed{} or \\fbox{} that is not empty; without one, behind the last `\\boxed `.
+
+    None if there is none, or the last never closes. A \\boxed of which prose only speaks has no braces, and a word
+    behind it: "So \\boxed{5}. (Marked with \\boxed as asked.)" answers 5."""
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))
+    for box in reversed(boxes):
+        depth, inside = 1, text[box.end() :]
+        braces = re.finditer(r"\\[\\{}]|[{}]", inside)  # an escaped brace is a symbol
+        while depth and (brace := next(braces, None)):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        answer = None if depth else inside[: brace.start()].strip()
+        if answer != "":
+            return answer
+    bare = [] if boxes else re.findall(r"\\(?:boxed|fbox)\s+(?![a-zA-Z]{2})([^$\n]*)", text)
+    return next((answer.strip() for answer in reversed(bare) if answer.strip()), None)
 
 
 def math_normal(answer: str) -> str:
-    """One spelling for the ways to write an answer of MATH, after hendrycks/math: no spaces, units, degrees, dollar or
-    percent signs, \\left or \\right; \\frac{1}{2} for \\dfrac12, \\tfrac{1}2, 1/2 and 0.5; \\sqrt{3} for \\sqrt3."""
-    s = re.sub(r"(?<!\\)\\[!,;: ]", "", answer)  # spacing
-    s = re.sub(r"\\[dt]frac", r"\\frac", s)
-    s = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\^\{?\\circ\}?|\\?[$%]", "", s).strip().rstrip(".")
-    s = re.sub(r"(?<=.)\\(?:text|mbox)\{\s[^{}]*\}(?:\^\{?\d\}?)?$", "", s)  # 5 \text{ cm}^2
-    s = re.sub(r"^\\text\{([^{}]*)\}$", r"\1", s)  # \text{Evelyn}
-    s = re.sub(r"^[a-zA-Z]{1,2}\s*=", "", s)  # x = 5
-    s = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", s)  # .5
-    s = re.sub(r"\\sqrt\s*(\\[a-zA-Z]+|[^\s{\[\\])", r"\\sqrt{\1}", s)
-    argument = r"\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\\[a-zA-Z]+|[^\s{}\\]))"  # {...}, \pi or one character
-    s = re.sub(rf"\\frac{argument}{argument}", r"\\frac{\1\2}{\3\4}", s)
-    s = re.sub(r"^(-?)([0-9]+)\s*/\s*([0-9]+)$", r"\1\\frac{\2}{\3}", s)
-    s = "".join(s.split())
-    s = s.replace(",", "") if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", s) else s  # 1,234
-    return "\\frac{1}{2}" if s == "0.5" else s
+    """One spelling for the ways to write an answer of MATH, by the rules of core/latex.py: "" where nothing is said."""
+    return latex.normal(answer)[0]
 
 
 def math_equal(a: str | None, b: str | None) -> bool:
-    """Are two answers of MATH the same once normalised? No answer equals nothing."""
-    return bool(a and b and math_normal(a)) and math_normal(a) == math_normal(b)
+    """Are two answers of MATH the same: in one spelling, and not of two names (x = 5 is 5, but not y = 5)?
+
+    No answer equals nothing, not even another."""
+    (a, x), (b, y) = (latex.normal(answer or "") for answer in (a, b))
+    return bool(a) and a == b and (not x or not y or x == y)
 
 
 def math_verified(a: str | None, b: str | None) -> bool:
-    """The same by Hugging Face's math-verify, which parses both (a = b in value); `--math-verify`."""
-    package = optional("math_verify", "math-verify")
-    if a is None or b is None:
-        return False
-    a, b = (package.parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (a, b))
-    return bool(package.verify(b, a, timeout_seconds=None))
+    """The same by Hugging Face's math-verify, which parses both (a = b in value); `--math-verify`.
+
+    What takes it more than some seconds, as 9^{9^{9}} does, is wrong. See core/verify.py."""
+    optional("math_verify", "math-verify")
+    return bool(a and b) and (a == b or verify.equal(a, b))
 
 
 def same(a: str | None, b: str | None) -> bool:
-    return a is not None and a == b
+    """To the letter. No answer equals nothing, not even another."""
+    return bool(a) and a == b
 
 
 # ---------------------------------------------------------------------------------------------- of several samples
@@ -115,15 +107,21 @@ def best_of_k(right: list[bool], scores: list[float], k: int) -> float:
 
 
 def majority(answers: list[str | None], equal: Callable[[str, str], bool] = same) -> str | None:
-    """The most frequent answer, by `equal`; of several the one that came first. None has no vote."""
+    """The most frequent answer, by `equal`; of several the one that came first. None has no vote.
+
+    Equal answers have the same key, so that each is compared with few others: time is linear in their number."""
+    key = {same: str, math_equal: math_normal}.get(equal, lambda _: "")
     votes: list[list] = []  # [answer, how many], in order of first occurrence
+    groups: dict[str, list[list]] = {}  # key -> those of it
     for answer in answers:
         if answer is not None:
-            group = next((group for group in votes if equal(group[0], answer)), None)
+            some = groups.setdefault(key(answer), [])
+            group = next((group for group in some if equal(group[0], answer)), None)
             if group:
                 group[1] += 1
             else:
                 votes.append([answer, 1])
+                some.append(votes[-1])
     return max(votes, key=lambda group: group[1])[0] if votes else None
 
 

@@ -20,10 +20,14 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib.ranks import BACKEND, RANK, WORLD, all_sum, first_line, init, print0
+from core import arrow
+from core.chat import settle_ends
+from core.kinds import check_kind, named_ends
+from core.ranks import BACKEND, RANK, WORLD, all_sum, first_line, init, print0
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +36,8 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------------------------------------- loading
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name. Raises OSError in one line."""
+    """The tokenizer of a model folder or hub name, with what ends a response (chat.ends). Raises OSError in one line,
+    also where the folder holds no model that can be trained here: this is what a command reads first."""
     from transformers import AutoTokenizer
 
     if not path.strip():
@@ -40,13 +45,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     local = path.count("/") > 1 or path.startswith((".", "/")) or os.path.isdir(os.path.dirname(path))
     if not os.path.isdir(path) and (local or os.path.exists(path)):  # else it is a hub name
         raise FileNotFoundError(f"--model {path}: no such folder")
+    check_kind(path)
     expected = ("config.json", "tokenizer.json", "tokenizer_config.json")
     if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in expected):
         raise OSError(f"--model {path}: not a model's folder, there is no config.json in it")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a missing or broken tokenizer shows as OSError, ValueError, TypeError or ImportError
         raise OSError(f"--model {path}: no tokenizer could be loaded ({first_line(error)})") from None
+    settle_ends(tokenizer, named_ends(path))
+    return tokenizer
 
 
 def load_model(
@@ -89,13 +97,14 @@ def read_weights(path: str) -> tuple[object, torch.nn.Module | None]:
     """The config of a model folder or hub name and, on rank 0, the whole model in float32. Raises OSError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_kind(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if "MaskedLM" in str(config.architectures):
             raise ValueError(f"{config.model_type} is a masked language model; a causal one is needed")
         if RANK:
             return config, None
-        how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
         whole, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **how)
         wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         if wrong:  # transformers would go on with random ones
@@ -109,11 +118,15 @@ def read_weights(path: str) -> tuple[object, torch.nn.Module | None]:
         raise OSError(f"--model {path}: could not be loaded ({first_line(error)})") from None
 
 
-def model_of(args: argparse.Namespace) -> torch.nn.Module:
-    """The model that the flags of a command name."""
+def model_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+    """The model that the flags of a command name. What it draws, and its labels, are tokens of this tokenizer: the ids
+    that have none, where its vocabulary is padded beyond them, are in `model.absent` (see generate.known)."""
     training = {"recompute": "activation_checkpointing", "compile": "compile"}  # flags of the stages alone
     training = {name: getattr(args, flag, False) for name, flag in training.items()}
-    return load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step, **training)
+    model = load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step, **training)
+    absent = sorted({*range(model.config.vocab_size)} - {*tokenizer.get_vocab().values()})
+    model.absent = torch.tensor(absent, device=model.device) if absent else None
+    return model
 
 
 # ---------------------------------------------------------------------------------------------- sharding
@@ -233,7 +246,16 @@ def check_fits(model: torch.nn.Module, tokens: int, largest_id: int, what: str) 
 def check_rows(model: torch.nn.Module, rows: Dataset, where: str = "", max_new_tokens: int = 0) -> None:
     """`check_fits` for what a stage reads of each row: x or f(x, y), then y, y_hat, z (RAC's, or DPO's rejected one),
     z_bar or what will be generated. (BoN's z is a list of samples.)"""
-    for row in rows:
+    found = arrow.Rows(rows)
+    names = [name for name in ("y", "y_hat", "z", "z_bar") if name in found.lengths]
+    longest = np.maximum.reduce([found.lengths[name] for name in ("x", "f") if name in found.lengths])
+    longest = longest + np.maximum.reduce([found.columns[name].longest for name in names]).clip(min=max_new_tokens)
+    columns = [found.columns[name].innermost for name in ("x", *names)]
+    largest = max(column.largest for column in columns if column.lengths.any())
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if largest < model.config.vocab_size and not (limit and longest.max() > limit):
+        return
+    for row in rows:  # to name the first one
         responses = [row[name] for name in ("y", "y_hat", "z", "z_bar") if name in row]
         responses = [ids for some in responses for ids in (some if some and isinstance(some[0], list) else [some])]
         tokens = max(len(row["x"]), len(row.get("f", []))) + max(max_new_tokens, *map(len, responses))
