@@ -22,7 +22,7 @@ import evaluate
 import generate
 import sft
 import tiny
-from core import answers, fsdp, ranks, rows
+from core import answers, arrow, fsdp, ranks, rows, stage
 from core.ranks import cli, fold_in
 from test_preferences import log_p
 from test_training import largest_difference, log
@@ -261,6 +261,52 @@ def test_rows_of_a_prompt():
     assert two == {"id": 3, "x": [5, 6], "y": [], "z": [7], "weight": 1.5, "drawn": 0}
     (none,) = bon.rows_of(PROMPT | {"weight": [0.0] * 5})
     assert none == {"id": 3, "x": [5, 6], "y": [9, 1], "z": [], "weight": 0.0, "drawn": 9}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_step_reads_the_rows_of_its_prompts(tmp_path, monkeypatch, world_size):
+    """From Arrow as from lists; by length, dealt to the ranks, with the counts of all of them on each."""
+    rng, prompts = random.Random(0), []
+    for i in range(11):
+        z = [[rng.randrange(3) for _ in range(rng.randint(1, 3))] for _ in range(6)]
+        weight = [float(rng.randrange(3)) * (i > 3) for _ in z]  # the first prompts have none
+        prompts.append({"id": i, "x": [5] * rng.randint(1, 9), "y": [6, 1], "z": z, "weight": weight})
+    flags = f"--model m --task toy --out {tmp_path} --batch-size 4 --micro-batch-size 2 --checkpoint-every 0"
+    monkeypatch.setattr(ddp_utils, "WORLD", world_size)
+    dealt: dict[int, list] = {}
+    for rank in range(world_size):
+        monkeypatch.setattr(ddp_utils, "RANK", rank)
+        run = ddp_utils.Run.__new__(ddp_utils.Run)
+        run.args, run.phase, run.stopped = stage.parser("").parse_args(flags.split()), 0, False
+        run.resume, run.params = {"phase": 0, "step": 0}, [torch.nn.Parameter(torch.zeros(1))]
+        for k, step in enumerate(run.steps(datasets.Dataset.from_list(prompts), 1, bon.rows_of)):
+            picked = [prompts[i] for i in ddp_utils.batch_rows(11, k, 4, fold_in(0, 0))]
+            batch = sorted((row for prompt in picked for row in bon.rows_of(prompt)), key=batches.length)
+            assert step.rows == batch and step.ids == [row["id"] for row in batch]
+            assert step.tokens("y") == 2 * len(picked)
+            assert sum(row["drawn"] for row in step.rows) == sum(len(z) for prompt in picked for z in prompt["z"])
+            mine = [row for some in step.micro_batches for row in some]
+            assert len(mine) == math.ceil(len(batch) / world_size) and max(map(len, step.micro_batches)) <= 2
+            dealt.setdefault(k, []).extend(row for row in mine if row["weight"] != [])
+            assert all(row["y"] == row["z"] == [] for row in mine if row["weight"] == [])  # an idle rank's
+            run._step = None
+            if rank == world_size - 1:
+                assert sorted(map(str, dealt[k])) == sorted(map(str, batch))
+
+
+def test_samples_are_checked_against_the_model():
+    model, rows = tiny.model("llama", vocab=60, max_position_embeddings=20), []
+    for i in range(50):
+        rows.append({"id": i, "x": [5] * (1 + i % 5), "y": [7], "z": [[9] * (1 + (i + k) % 15) for k in range(30)]})
+    whole = datasets.Dataset.from_list(rows)
+    fsdp.check_rows(model, whole)  # more samples than positions, but none too long
+    found = arrow.Rows(whole).columns["z"]
+    assert found.longest.tolist() == [15] * 50 and found.lengths.tolist() == [30] * 50
+    assert (found.innermost.least, found.innermost.largest) == (9, 9)
+    for z, message in (([[9], [9] * 19], "row 41: x and y take up to 21"), ([[9], [60]], "row 41: .* token id 60")):
+        changed = [row | ({"z": z} if row["id"] == 41 else {}) for row in rows]
+        with pytest.raises(ValueError, match=message):
+            fsdp.check_rows(model, datasets.Dataset.from_list(changed))
 
 
 @pytest.mark.parametrize("share_prompt", [False, True])
