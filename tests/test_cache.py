@@ -157,6 +157,9 @@ def test_a_text_is_tokenized_once_and_many_in_a_call(tmp_path):
         def __getattr__(self, name):
             return getattr(real, name)
 
+        def __len__(self):
+            return len(real)
+
         def __call__(self, text, **options):
             calls.append(text)
             return real(text, **options)

@@ -21,11 +21,14 @@ import generate
 import rac
 import scs
 import sft
+import sums
 import tiny
 import toy
 from core import ranks
+from tools import controls
 
 MODULES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac, "generate": generate, "evaluate": evaluate, "toy": toy}
+MODULES["controls"] = controls
 READ = "--model model --task ultrachat --data train.jsonl --columns response=response --max-response 12 "
 GIVEN = {stage: READ + "--out out --batch-size 4 " for stage in ("sft", "scs", "bash", "rac")} | {
     "generate": READ + "--out out/z.jsonl ",
@@ -34,7 +37,9 @@ GIVEN = {stage: READ + "--out out --batch-size 4 " for stage in ("sft", "scs", "
     "toy data": "data --out out ",
     "toy base": "base --out out ",
     "toy bytes": "bytes --out out --text train.jsonl ",
-    "toy oracle": "oracle --out out --pairs D_r ",
+    "toy preferences": "preferences --out out --pairs D_r ",
+    "controls oracle": "oracle --model model --out out ",
+    "controls noise": "noise --model model --out out ",
 }
 GOOD = {"prompt": "3 + 4 =", "response": "7 ."}
 
@@ -423,11 +428,16 @@ CASES = [
     ("toy bytes", "--text d.jsonl", "d.jsonl, line 2: not valid JSON", file("d.jsonl", rows() + "{\n")),
     ("toy bytes", "--text d.jsonl", "d.jsonl, line 1: must be an object", file("d.jsonl", "3\n")),
     ("toy bytes", "--text d.jsonl", "d.jsonl: not UTF-8 text", file("d.jsonl", b"\xff\xfe")),
-    ("toy oracle", "--pairs missing", "--pairs missing: not a folder written by"),
-    ("toy oracle", "--pairs D_s", "--pairs D_s: no column z, z_bar; there are id, x, y, y_hat"),
-    ("toy oracle", "", "--pairs D_r: was made with another tokenizer"),
-    ("toy oracle", "", "--pairs D_r, row 0: y has ids from -9 to 3", steps(pairs(y=[3, -9]))),
-    ("toy oracle", "", "--pairs D_r, row 0: y must be a list of token ids, and not empty", pairs(y=[])),
+    ("toy preferences", "--pairs missing", "--pairs missing: not a folder written by"),
+    ("toy preferences", "--pairs D_s", "--pairs D_s: no column z, z_bar; there are id, x, y, y_hat"),
+    ("toy preferences", "", "--pairs D_r: was made with another tokenizer"),
+    ("toy preferences", "", "--pairs D_r, row 0: y has ids from -9 to 3", steps(pairs(y=[3, -9]))),
+    ("toy preferences", "", "--pairs D_r, row 0: y must be a list of token ids, and not empty", pairs(y=[])),
+    ("controls oracle", "missing", "error: missing: not a folder written by"),
+    ("controls oracle", "D_s", "D_s: no column z, z_bar; there are id, x, y, y_hat"),
+    ("controls oracle", "D_r", "row 0: y is no response of toy or sums"),
+    ("controls noise", "D_r", "D_r: no column y_hat; there are id, x, y, z, z_bar"),
+    ("controls noise", "D_s --out D_r", "--out D_r exists already"),
 ]  # fmt: skip
 
 
@@ -459,7 +469,7 @@ def run(base, tmp_path, monkeypatch, command: str, flags: str, prepare: Callable
     ranks.cli(MODULES[name].main)
 
 
-LONG = (ddp_utils.Run, "steps"), (folders, "offline"), (toy, "train_base"), (toy, "problems")
+LONG = (ddp_utils.Run, "steps"), (folders, "offline"), (toy, "train_base"), (sums, "problems")
 
 
 def long_work(*_, **__):
