@@ -27,7 +27,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 import folders
+from batches import length
 from core import arrow
 from core.ranks import RANK, WORLD, all_sum, barrier, first_line, fold_in, print0
 
@@ -66,7 +67,8 @@ def batch_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
 class Step:
     """One step of the optimiser."""
 
-    ids: list[int]  # of the rows of the global batch, shortest first
+    rows: Sequence[dict]  # of the global batch, shortest first, each made when asked for
+    ids: list[int]  # of these rows
     lengths: dict[str, np.ndarray]  # of their lists, by column
     micro_batches: list[list[dict]]  # this rank's share of the rows, up to --micro-batch-size of them in one pass
     lr: float
@@ -102,8 +104,8 @@ class Run:
         if not self._stepping:
             raise SystemExit("stopped; the same command goes on from there" if RANK == 0 else 1)
 
-    def steps(self, rows: Dataset, epochs: float) -> Iterator[Step]:
-        """The steps of one phase over `rows`; each is to end with `update`.
+    def steps(self, rows: Dataset, epochs: float, spread: Callable[[dict], list[dict]] | None = None) -> Iterator[Step]:
+        """The steps of one phase over `rows`; each is to end with `update`. spread: the rows that a step reads for one.
 
         A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row.
         """
@@ -124,11 +126,10 @@ class Run:
             for k in range(first, steps):
                 self._started = time.time()
                 picked = np.array(batch_rows(len(rows), k, args.batch_size, fold_in(args.seed, phase)))
-                picked = picked[np.argsort(tokens[picked], kind="stable")]  # little padding in a micro-batch
-                lengths = {name: found[picked] for name, found in rows.lengths.items()}
+                batch, ids, lengths = self._batch(rows, tokens, picked, spread)
                 lr = learning_rate(k, steps, args.lr, args.warmup)
-                mine = self._micro_batches(rows, picked.tolist())
-                self._step = Step(rows.pick("id", picked), lengths, mine, lr, k + 1, last=k + 1 == steps)
+                mine = self._micro_batches(batch)
+                self._step = Step(batch, ids, lengths, mine, lr, k + 1, last=k + 1 == steps)
                 self._left, self._terms = len(self._step.micro_batches), {}
                 yield self._step
                 if self._step:
@@ -139,13 +140,28 @@ class Run:
         if self.stopped:
             raise SystemExit(f"stopped after step {k + 1}; the same command goes on from there" if RANK == 0 else 1)
 
-    def _micro_batches(self, rows: arrow.Rows, batch: list[int]) -> list[list[dict]]:
+    @staticmethod
+    def _batch(
+        rows: arrow.Rows, tokens: np.ndarray, picked: np.ndarray, spread: Callable[[dict], list[dict]] | None
+    ) -> tuple[Sequence[dict], list[int], dict[str, np.ndarray]]:
+        """The rows of a global batch, their ids and the lengths of their lists; by length, so that there is little
+        padding in a micro-batch."""
+        if spread is None:
+            picked = picked[np.argsort(tokens[picked], kind="stable")]
+            lengths = {name: found[picked] for name, found in rows.lengths.items()}
+            return arrow.Picked(rows, picked.tolist()), rows.pick("id", picked), lengths
+        batch = sorted((part for i in picked.tolist() for part in spread(rows[i])), key=length)
+        lists = [name for name, value in batch[0].items() if isinstance(value, list)]
+        lengths = {name: np.array([len(row[name]) for row in batch]) for name in lists}
+        return batch, [row["id"] for row in batch], lengths
+
+    def _micro_batches(self, batch: Sequence[dict]) -> list[list[dict]]:
         """This rank's share of a global batch. Ranks with fewer rows get some with empty sequences, so that all take
         part in every pass: a forward of a sharded model waits for all of them."""
         share, size = math.ceil(len(batch) / WORLD), self.args.micro_batch_size
-        mine = [rows[i] for i in batch[RANK::WORLD]]
+        mine = [batch[i] for i in range(RANK, len(batch), WORLD)]
         if len(mine) < share:
-            empty = {key: value if key in ("id", "x") else [] for key, value in rows[batch[0]].items()}
+            empty = {key: value if key in ("id", "x") else [] for key, value in batch[0].items()}
             mine += [empty] * (share - len(mine))
         return [mine[i : i + size] for i in range(0, share, size)]
 

@@ -4,6 +4,7 @@
     python evaluate.py run --model runs/bash-1 --task toy --data runs/data/test.jsonl --out runs/eval/bash-1 \
         --name bash --seed 1
     torchrun --nproc-per-node 8 evaluate.py alpaca --model runs/bash --data alpaca_eval.json --name bash --out bash.json
+    python evaluate.py best-of runs/eval/bash --scores scores.jsonl --temperature 1
     python evaluate.py table runs/eval/*/results.json --baseline sft-more --out results/toy
 
 `run` writes OUT/results.json and, to look at, `datasets` folders with what the model wrote: OUT/generations-t0 (-t0.1,
@@ -21,6 +22,9 @@
     recovery_restated, _final    toy, sums: a wrong result is forced on the model; does it restate the right one, and
                                  is its final answer right (greedy)
     train_seconds                from the model's log.jsonl and D_s or D_r: the stage that made it, not those before
+
+`best-of` adds bon@K_tT: of K generations, is the one with a verifier's highest score right (unbiased)? The file has
+{"id", "sample", "score"} for each of OUT/generations-tT, whose samples count from 0.
 
 `table` has one row a --name, mean ± standard error over --seed, and the differences to a baseline seed by seed.
 
@@ -53,6 +57,7 @@ import generate
 import sums
 from batches import pad_responses, teacher_forced
 from core.answers import (
+    best_of_k,
     gsm8k_answer,
     gsm8k_flexible,
     math_answer,
@@ -67,7 +72,7 @@ from core.chat import ends, response_text
 from core.flags import count, data_flags, group, model_flags, new_parser, number, positive
 from core.fsdp import check_fits, inference, load_tokenizer, model_of
 from core.ranks import RANK, WORLD, all_sum, barrier, cli, fold_in, init, print0
-from core.rows import read
+from core.rows import read, read_scores
 from core.tables import cell, table, title
 from data import Dataset
 from ddp_utils import Run
@@ -128,11 +133,7 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
         return {f"{key}_t{t:g}": value for key, value in found.items()}, details
     if args.task not in CHECKS:
         return {}, details
-    find, equal = CHECKS[args.task]
-    equal = math_verified if args.math_verify else equal
-    true = [find(references[i]) for i in rows["id"]]
-    answers = [[find(text) for text in texts] for texts in rows["text"]]
-    right = [[equal(a, b) for a in some] for some, b in zip(answers, true, strict=True)]
+    equal, true, answers, right = checked(args, rows, references)
     shares = [statistics.fmean(column) for column in zip(*right, strict=True)]
     details |= {"accuracy": shares, "sd_over_generations": statistics.pstdev(shares)}
     details["without_answer"] = statistics.fmean(a is None for some in answers for a in some)
@@ -147,6 +148,15 @@ def accuracy(args, model, tokenizer, examples: Dataset, references: dict[int, st
         details["best_of_n"] = several[n]["pass"]  # the answer checker finds the right one where there is one
         metrics |= {f"{key}@{k}_t{t:g}": several[k][key] for k in args.k or [] for key in ("pass", "maj")}
     return metrics, details
+
+
+def checked(args: argparse.Namespace, rows: Dataset, references: dict[int, str]) -> tuple:
+    """When two answers are the same, the right ones, those of each row's texts, and whether these are right."""
+    find, equal = CHECKS[args.task]
+    equal = math_verified if args.math_verify else equal
+    true = [find(references[i]) for i in rows["id"]]
+    answers = [[find(text) for text in texts] for texts in rows["text"]]
+    return equal, true, answers, [[equal(a, b) for a in some] for some, b in zip(answers, true, strict=True)]
 
 
 def unread(text: str) -> bool:
@@ -299,6 +309,34 @@ def run(args: argparse.Namespace) -> None:
     print0(f"{args.name}, seed {args.seed}, {len(examples)} examples: {shown}")
 
 
+# ---------------------------------------------------------------------------------------------- best-of-N by a score
+def best_of(args: argparse.Namespace) -> None:
+    """Best-of-N where a verifier's scores select, into the results.json of a `run`: bon@K_tT, beside pass@K."""
+    folder = Path(args.folder)
+    generations = folder / f"generations-t{args.temperature:g}"
+    if not (folder / "results.json").exists() or not generations.exists():
+        raise ValueError(f"{folder}: no results.json and {generations.name} of `evaluate.py run` in it (--temperature)")
+    from datasets import load_from_disk
+
+    of, results = argparse.Namespace(**json.loads((folder / "args.json").read_text())), folder / "results.json"
+    if of.task not in CHECKS:
+        raise ValueError(f"{folder}: --task {of.task} has no checker of answers")
+    rows, found = load_from_disk(str(generations)), json.loads(results.read_text())
+    given = data.load_rows(of.task, of.data, of.split, of.columns, of.limit)
+    references = {row["id"]: row["response"] for row in given}
+    scores = read_scores(f"--scores {args.scores}", args.scores, {row["id"]: len(row["z"]) for row in rows})
+    n = len(rows[0]["z"])
+    if args.k and max(args.k) > n:
+        raise ValueError(f"--k {max(args.k)} is more than the {n} generations")
+    right = dict(zip(rows["id"], checked(of, rows, references)[3], strict=True))
+    ks = sorted({*(2**i for i in range(n.bit_length())), n, *(args.k or [])})
+    values = {k: statistics.fmean(best_of_k(right[i], scores[i], k) for i in right) for k in ks}
+    found["metrics"] |= {f"bon@{k}_t{args.temperature:g}": values[k] for k in args.k or [n]}
+    found["details"][f"t{args.temperature:g}"]["best_of_n_by_score"] = values
+    write_json(results, found)
+    print0(f"{found['name']}: best of k by {args.scores}:", ", ".join(f"{k}: {v:.1%}" for k, v in values.items()))
+
+
 # ---------------------------------------------------------------------------------------------- AlpacaEval
 def alpaca(args: argparse.Namespace) -> None:
     """Writes the outputs file of the alpaca_eval package (Tables 2 and 4), which works out the win rates:
@@ -423,6 +461,12 @@ def main() -> None:
     g.add_argument("--x", type=number(), help="where tools/show.py puts this run in a plot, e.g. training examples")
     group(p, "machine").add_argument("--batch-size", type=positive, default=64, help="rows decoded at once by one rank")
 
+    p = commands.add_parser("best-of", help="best-of-N by a verifier's scores", allow_abbrev=False)
+    p.add_argument("folder", help="the --out of a `run`")
+    p.add_argument("--scores", required=True, help="a .jsonl file: id, sample (from 0) and score of each generation")
+    p.add_argument("--temperature", type=number(0), default=1.0, help="of the generations")
+    p.add_argument("--k", type=numbers, help="best of so many in the table (default: of all)")
+
     p = commands.add_parser("alpaca", help="the outputs file of the alpaca_eval package", allow_abbrev=False)
     model_flags(p)
     g = p.add_argument_group("data")
@@ -444,7 +488,7 @@ def main() -> None:
     p.add_argument("--baseline", help="the name to take differences to (default: sft-more, if it is there)")
     p.add_argument("--out", help="write OUT.md and OUT.json, too")
     args = parser.parse_args()
-    {"run": run, "alpaca": alpaca, "table": table}[args.command](args)
+    {"run": run, "best-of": best_of, "alpaca": alpaca, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

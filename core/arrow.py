@@ -148,6 +148,25 @@ class Lists(Sequence):
         return values[offsets[j] : offsets[j + 1]]
 
     @property
+    def innermost(self) -> Lists:
+        """The column itself; where a row is a list of lists, these, of all rows one after the other."""
+        import pyarrow as pa
+
+        found = [values[offsets[0] : offsets[-1]] for offsets, values in self.chunks]
+        nested = found and all(isinstance(values, pa.ListArray | pa.LargeListArray) for values in found)
+        return Lists(pa.chunked_array(found)) if nested else self
+
+    @property
+    def longest(self) -> np.ndarray:
+        """The length of each row or, of lists of lists, of the longest list in it."""
+        inner = self.innermost
+        if inner is self:
+            return self.lengths
+        found = np.zeros(len(self), np.int64)
+        np.maximum.at(found, np.repeat(np.arange(len(self)), self.lengths), inner.lengths)
+        return found
+
+    @property
     def least(self) -> float:
         """The smallest value; NaN where one is missing, or is no int."""
         return self._most(np.min)

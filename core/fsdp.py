@@ -245,17 +245,19 @@ def check_fits(model: torch.nn.Module, tokens: int, largest_id: int, what: str) 
 
 def check_rows(model: torch.nn.Module, rows: Dataset, where: str = "", max_new_tokens: int = 0) -> None:
     """`check_fits` for what a stage reads of each row: x or f(x, y), then y, y_hat, z (RAC's, or DPO's rejected one),
-    z_bar or what will be generated."""
+    z_bar or what will be generated. (BoN's z is a list of samples.)"""
     found = arrow.Rows(rows)
     names = [name for name in ("y", "y_hat", "z", "z_bar") if name in found.lengths]
     longest = np.maximum.reduce([found.lengths[name] for name in ("x", "f") if name in found.lengths])
-    longest = longest + np.maximum.reduce([found.lengths[name] for name in names]).clip(min=max_new_tokens)
-    largest = max(found.columns[name].largest for name in ("x", *names) if found.lengths[name].any())
+    longest = longest + np.maximum.reduce([found.columns[name].longest for name in names]).clip(min=max_new_tokens)
+    columns = [found.columns[name].innermost for name in ("x", *names)]
+    largest = max(column.largest for column in columns if column.lengths.any())
     limit = getattr(model.config, "max_position_embeddings", None)
     if largest < model.config.vocab_size and not (limit and longest.max() > limit):
         return
     for row in rows:  # to name the first one
         responses = [row[name] for name in ("y", "y_hat", "z", "z_bar") if name in row]
+        responses = [ids for some in responses for ids in (some if some and isinstance(some[0], list) else [some])]
         tokens = max(len(row["x"]), len(row.get("f", []))) + max(max_new_tokens, *map(len, responses))
         largest = max(max(ids, default=0) for ids in (row["x"], *responses))
         check_fits(model, tokens, largest, f"{where}row {row['id']}: x and y")

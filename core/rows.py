@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -104,6 +105,31 @@ def numbered(rows: Iterable[dict], source: str, limit: int) -> Iterator[tuple[in
         yield i, row
     if i < 0:
         raise ValueError(f"{source}: no rows")
+
+
+def read_scores(what: str, path: str, samples: dict[int, int]) -> dict[int, list[float]]:
+    """A verifier's scores from a file of {"id", "sample", "score"}, one for each of the samples: {id: how many} ->
+    {id: their scores}. Raises ValueError where they are for other rows, or are not finite numbers."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{what}: no such file")
+    found: dict[tuple[int, int], float] = {}
+    for i, row in enumerate(read(path)):
+        if missing := [name for name in ("id", "sample", "score") if name not in row]:
+            raise ValueError(f"{what}, row {i}: no {missing[0]}; each row has id, sample (from 0) and score")
+        key, score = (row["id"], row["sample"]), row["score"]
+        if not all(isinstance(part, int) for part in key):
+            raise ValueError(f"{what}, row {i}: id and sample must be whole numbers, not {key[0]!r} and {key[1]!r}")
+        if key in found:
+            raise ValueError(f"{what}, row {i}: a second score for id {key[0]}, sample {key[1]}")
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise ValueError(f"{what}, row {i}: the score {score!r} is not a finite number")
+        found[key] = score
+    wanted = {(i, sample) for i, n in samples.items() for sample in range(n)}
+    if differ := sorted(wanted ^ found.keys()):
+        (one, sample), many = differ[0], f" ({len(differ)} such)" if len(differ) > 1 else ""
+        why = "no score for" if differ[0] in wanted else "scores for other rows:"
+        raise ValueError(f"{what}: {why} id {one}, sample {sample}{many}")
+    return {i: [found[i, sample] for sample in range(n)] for i, n in samples.items()}
 
 
 # ---------------------------------------------------------------------------------------------- columns

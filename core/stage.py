@@ -82,22 +82,23 @@ def start(
 
 
 def start_with_pairs(
-    args: argparse.Namespace, load_examples: Callable, pair: tuple[str, str], max_new_tokens: int = 0
-) -> tuple[Run, Dataset, Dataset | None]:
+    args: argparse.Namespace, load_examples: Callable, pair: tuple[str, str], max_new_tokens: int = 0,
+    read: Callable[..., Dataset] = read_pairs,
+) -> tuple[Run, Dataset, Dataset | None]:  # fmt: skip
     """As `start`; and the rows of --pairs. Where no phase learns from other rows, they are the examples: --data is not
-    read then."""
+    read then. read: in place of read_pairs."""
     if args.pairs is None:
         return *start(args, load_examples, max_new_tokens), None
     where = f"--pairs {args.pairs}, "
     if args.iterations == 1 and not args.sft_epochs:
 
         def load_pairs(args: argparse.Namespace, tokenizer: object) -> tuple[Dataset, list[str]]:
-            rows = read_pairs(args.pairs, pair, tokenizer)
+            rows = read(args.pairs, pair, tokenizer)
             return rows, [f"{len(rows)} rows of --pairs {args.pairs}; --data, its limit and its lengths are not used"]
 
         run, pairs = start(args, load_pairs, where=where)
         return run, pairs, pairs
     run, examples = start(args, load_examples, max_new_tokens)
-    pairs = read_pairs(args.pairs, pair, run.tokenizer)
+    pairs = read(args.pairs, pair, run.tokenizer)
     check_rows(run.model, pairs, where)
     return run, examples, pairs

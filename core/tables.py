@@ -33,14 +33,14 @@ def paired_difference(a: dict[int, float], b: dict[int, float]) -> tuple[float, 
 
 
 def percent(metric: str) -> bool:
-    return metric.startswith(("accuracy", "recovery", "flexible", "pass@", "maj@", "rouge", "win_rate"))
+    return metric.startswith(("accuracy", "recovery", "flexible", "pass@", "maj@", "bon@", "rouge", "win_rate"))
 
 
 def title(metric: str) -> str:
     """A column's head, as in the paper's tables where it has one."""
     if metric.startswith("accuracy_t"):
         return "Greedy (%)" if metric == "accuracy_t0" else f"Temperature = {metric[10:]} (%)"
-    if found := re.fullmatch(r"(flexible|(?:pass|maj)@\d+|rouge[12L]|win_rate)_t([\d.e+-]+)", metric):
+    if found := re.fullmatch(r"(flexible|(?:pass|maj|bon)@\d+|rouge[12L]|win_rate)_t([\d.e+-]+)", metric):
         name = found[1].replace("rouge", "ROUGE-").replace("_", " ").replace("flexible", "flexible match")
         return f"{name}, T = {found[2]} (%)"
     return {

@@ -7,13 +7,17 @@ python all_stages.py WORLD NAME ARCHITECTURES [--runs A,B,...] [flags]      (by 
 import sys
 
 import bash
+import bon
 import dpo
+import evaluate
 import rac
 import scs
 import sft
 import spin
+import tiny
 from core import ranks
 
+evaluate.CHECKS["toy"] = (tiny.parity, evaluate.same)  # so small a model writes no answers
 RAC = "--temperature 0.7 --task ultrachat --columns response=response --max-reference 120"
 RUNS = {
     "sft": (sft, ""),
@@ -23,6 +27,8 @@ RUNS = {
     "neftune": (sft, "--neftune-alpha 5"),
     "spin": (spin, "--iterations 2 --beta 0.5"),
     "dpo": (dpo, "--data {world}/pairs.jsonl --beta 0.5"),
+    "bon": (bon, "--n 4 --best-of 2 --iterations 2"),
+    "dco": (bon, "--dco"),
     "rac-soft": (rac, RAC + " --labels topk --topk 5 --kl reverse --labels-from start --iterations 2"),
 }
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("core/[!_]*.py"), *ROOT.glob("tools/[!_]*.py")]}
-STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo")
+STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo", "bon")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (
     "noise kv_cache arrow ahead cut ranks flags batches rows latex verify verdicts",
@@ -18,9 +18,9 @@ FLOORS = (
     "folders",
     "ddp_utils tables preferences toy",
     "evaluate corrections plots",
-    "stage rac_options",
+    "stage rac_options bon_options",
     "sft dpo show judge controls room smollm2",
-    "scs bash rac",
+    "scs bash rac bon",
     "spin",
 )
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor.split()}
@@ -68,7 +68,7 @@ def test_no_circle_through_imports_of_any_kind():
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_is_longer_than_a_sitting(name):
-    limit = 200 if name in ("sft", "scs", "bash", "rac") else 500
+    limit = {"sft": 200, "scs": 200, "bash": 200, "rac": 200, "bon": 250}.get(name, 500)
     assert len(FILES[name].read_text().splitlines()) <= limit
 
 

@@ -371,7 +371,7 @@ CASES = [
     ("rac", "--pairs D_r", "--pairs D_r: cannot be read", cut("D_r/state.json", 5)),
     # evaluate.py
     ("evaluate run", "only", "arguments are required: command"),
-    ("evaluate run", "only evaluate", "invalid choice: 'evaluate' (choose from 'run', 'alpaca', 'table')"),
+    ("evaluate run", "only evaluate", "invalid choice: 'evaluate' (choose from 'run', 'best-of', 'alpaca', 'table')"),
     ("evaluate run", "--name ''", "--name is empty"),
     ("evaluate run", "--temperature 1", "unrecognized arguments: --temperature 1"),
     ("evaluate run", "--temperatures '0;1'", "argument --temperatures: '0;1' is not a number of at least 0"),

@@ -513,7 +513,7 @@ def test_rac_flags_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ ranks
-EXTRA = ("neftune", "spin", "dpo", "rac-soft")
+EXTRA = ("neftune", "spin", "dpo", "rac-soft", "bon", "dco")
 
 
 @pytest.fixture(scope="module")

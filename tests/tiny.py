@@ -38,3 +38,8 @@ def word_tokenizer(words: list[str] = WORDS, eos: str = "<eos>", pad: str | None
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=eos, pad_token=pad)
+
+
+def parity(text: str) -> str:
+    """An answer that any text has, and about half of them the same."""
+    return str(len(text.split()) % 2)

@@ -1,5 +1,5 @@
-"""Training curves, metrics over data size or epochs, sentence distances (Figs. 2 to 4): `python tools/show.py plots`,
-`python tools/show.py distance`."""
+"""Training curves, metrics over data size or epochs, sentence distances (Figs. 2 to 4), pass@k over k: `python
+tools/show.py plots`, `distance`, `pass-at-k`."""
 
 from __future__ import annotations
 
@@ -116,15 +116,22 @@ def over_x(runs: list[dict], metric: str) -> dict[str, list[tuple[float, float, 
     }
 
 
+def check_same(runs: list[dict]) -> None:
+    """Raises ValueError where runs do not belong in one plot."""
+    for one in runs:
+        for key in SAME:
+            if one[key] != runs[0][key]:
+                first = f"{runs[0]['file']} has {runs[0][key]}"
+                raise ValueError(f"{one['file']} has {key} {one[key]}, {first}: not one plot")
+
+
 def metrics_over_x(runs: list[dict], args: argparse.Namespace) -> None:
     """A figure for each metric, a line for each name (Figs. 3 and 4)."""
-    first, plt = runs[0], pyplot()
+    plt = pyplot()
     for one in runs:
         if isinstance(one.get("x"), bool) or not isinstance(one.get("x"), int | float):
             raise ValueError(f"{one['file']} has no x; `evaluate.py run --x NUMBER` says where a run stands in a plot")
-        for key in SAME:
-            if one[key] != first[key]:
-                raise ValueError(f"{one['file']} has {key} {one[key]}, {first['file']} has {first[key]}: not one plot")
+    check_same(runs)
     every = list(dict.fromkeys(key for one in runs for key in one["metrics"]))
     if args.log_x and min(one["x"] for one in runs) <= 0:
         raise ValueError("--log-x needs every x above 0")
@@ -147,6 +154,31 @@ def metrics_over_x(runs: list[dict], args: argparse.Namespace) -> None:
         axis.legend()
         figure.tight_layout()
         save(figure, Path(args.out), metric.replace("@", "-at-"))
+
+
+def pass_at_k(args: argparse.Namespace) -> None:
+    """pass@k over k, a line a name, the mean ± standard error over seeds."""
+    runs, key = read_results(args.results), f"t{args.temperature:g}"
+    check_same(runs)
+    points = []
+    for one in runs:
+        found = one.get("details", {}).get(key, {}).get("pass@k")
+        if not found:
+            raise ValueError(f"{one['file']}: no pass@k at {key}: `evaluate.py run` needs --generations for it")
+        points += [{**one, "x": int(k), "metrics": {"pass@k": value}} for k, value in found.items()]
+    figure, axis = pyplot().subplots(figsize=(5, 3.5))
+    for i, (name, line) in enumerate(over_x(points, "pass@k").items()):
+        k, mean, error = zip(*line, strict=True)
+        axis.errorbar(k, [100 * v for v in mean], [100 * (v or 0) for v in error], label=name, capsize=3, **how(i))
+    axis.set_xscale("log", base=2)
+    ticks = sorted({one["x"] for one in points})
+    axis.set_xticks(ticks, [str(k) for k in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("k")
+    axis.set_ylabel(f"pass@k, T = {args.temperature:g} (%)")
+    axis.legend()
+    figure.tight_layout()
+    save(figure, Path(args.out), "pass-at-k")
 
 
 def plots(args: argparse.Namespace) -> None:
