@@ -20,8 +20,9 @@ import torch.nn.functional as F
 
 import data
 import generate
+import stage
 from batches import losses
-from core import arrow, stage
+from core import arrow
 from core.flags import count, group, number, positive
 from core.ranks import cli, fold_in, print0
 from data import Dataset

@@ -49,8 +49,8 @@ import torch.nn.functional as F
 import bon_options
 import data
 import generate
+import stage
 from batches import losses
-from core import stage
 from core.chat import ends, response_text
 from core.flags import count, group, number, positive
 from core.ranks import cli, fold_in

@@ -23,13 +23,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+import stage
 from batches import Rows, length, losses
-from core import stage
 from core.flags import group, number
-from core.preferences import load_preferences
 from core.ranks import all_sum, cli
 from data import Dataset
 from ddp_utils import Run
+from preferences import load_preferences
 
 
 def dpo_loss(

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 import data
 import generate
 import rac_options
+import stage
 from batches import losses, teacher_forced
-from core import stage
 from core.chat import ends
 from core.flags import count, group, number, positive
 from core.ranks import cli, fold_in

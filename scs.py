@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 import data
 import generate
+import stage
 from batches import losses
-from core import stage
 from core.flags import group, number, positive
 from core.fsdp import inference
 from core.ranks import cli, fold_in

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import data
+import stage
 from batches import losses
-from core import stage
 from core.flags import group, number
 from core.ranks import cli, fold_in
 from data import Dataset

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-from core import arrow, stage
+import stage
+from core import arrow
 from core.flags import count, group, number, positive
 from core.ranks import cli, print0
 from data import Dataset

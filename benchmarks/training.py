@@ -40,8 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import batches
 import ddp_utils
+import stage
 import tiny
-from core import fsdp, ranks, stage
+from core import fsdp, ranks
 from sft import sft_loss
 
 PEERS = {  # side: settings beyond the defaults

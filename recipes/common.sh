@@ -113,7 +113,7 @@ from pathlib import Path
 
 sys.argv[0] = sys.argv.pop(1)
 import data
-from core import preferences
+import preferences
 from core.fsdp import load_tokenizer
 from core.ranks import cli, first_line
 from core.rows import source_rows

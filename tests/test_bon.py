@@ -21,8 +21,9 @@ import ddp_utils
 import evaluate
 import generate
 import sft
+import stage
 import tiny
-from core import answers, arrow, fsdp, ranks, rows, stage
+from core import answers, arrow, fsdp, ranks, rows
 from core.ranks import cli, fold_in
 from test_preferences import log_p
 from test_training import largest_difference, log

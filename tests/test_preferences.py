@@ -18,12 +18,13 @@ import data
 import ddp_utils
 import dpo
 import generate
+import preferences
 import rac
 import rac_options
 import sft
 import spin
 import tiny
-from core import fsdp, preferences
+from core import fsdp
 from core.ranks import cli, fold_in
 from test_training import largest_difference, launch, log
 

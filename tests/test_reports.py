@@ -19,10 +19,11 @@ import data
 import evaluate
 import folders
 import generate
+import preferences
 import rac
 import sft
 import tiny
-from core import chat, fsdp, kinds, preferences, ranks, rows
+from core import chat, fsdp, kinds, ranks, rows
 
 TEXTS = ["how many eggs does amy have ?", "  So: 3 + 4 = 7.\n\nThen  stop. ", "naïve – ü 😀", "a<b>c", "x"]
 

@@ -105,7 +105,7 @@ def test_a_step_is_its_definition(tmp_path, monkeypatch, world_size, soft):
     from datasets import Dataset
 
     import batches
-    from core import stage
+    import stage
 
     rng, rows = random.Random(0), []
     for i in range(23):
