@@ -86,7 +86,7 @@ def as_lists(row: dict) -> dict:
 
 
 def write_examples(path: Path, count: int) -> None:
-    from lib import arrow
+    from core import arrow
 
     keys = ("id", "x", "y", "f")
     rows = ({key: row[key] for key in keys} for row in some_rows(count))
@@ -107,7 +107,7 @@ def blocks(rows, size: int):
 # ---------------------------------------------------------------------------------------------- the jobs
 def load(side: str, folder: Path, count: int) -> None:
     import data
-    from lib.fsdp import load_tokenizer
+    from core.fsdp import load_tokenizer
 
     tokenizer, path = load_tokenizer(str(folder / "tokenizer")), str(folder / f"{count}.jsonl")
     if side != "before":
@@ -140,7 +140,7 @@ def gather(side: str, folder: Path, count: int, topk: bool = False) -> None:
     import numpy as np
 
     import folders
-    from lib.fsdp import load_tokenizer
+    from core.fsdp import load_tokenizer
 
     tokenizer, out = load_tokenizer(str(folder / "tokenizer")), folder / f"out-{os.getpid()}"
     source = some_rows(count)
@@ -174,7 +174,7 @@ def gather(side: str, folder: Path, count: int, topk: bool = False) -> None:
 
 
 def write_pairs(folder: Path, count: int, topk: bool = False) -> None:
-    from lib import arrow
+    from core import arrow
 
     rows = (dict(list(row.items())[:3]) | {"z": row["z"], "z_bar": row["z_bar"]} | (soft(row) if topk else {})
             for row in some_rows(count))  # fmt: skip
@@ -186,8 +186,8 @@ def write_pairs(folder: Path, count: int, topk: bool = False) -> None:
 def check(side: str, folder: Path, count: int) -> None:
     import folders
     import rac_options
-    from lib import arrow
-    from lib.fsdp import check_fits, check_rows, load_tokenizer
+    from core import arrow
+    from core.fsdp import check_fits, check_rows, load_tokenizer
 
     tokenizer, pair = load_tokenizer(str(folder / "tokenizer")), ("z", "z_bar")
     model = Namespace(config=Namespace(max_position_embeddings=4096, vocab_size=16_000))
@@ -222,7 +222,7 @@ def step(side: str, folder: Path, count: int) -> None:
     import batches
     import ddp_utils
     import rac_options
-    from lib import arrow
+    from core import arrow
 
     d_r = load_from_disk(folder / f"topk-{count}")
     run = Namespace(args=Namespace(micro_batch_size=8, topk=TOPK, unmasked=False, kl=None), device="cpu")

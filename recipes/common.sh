@@ -137,7 +137,8 @@ def main():
         elif kind == "preferences":
             hub, split = preferences.PREFERENCES
             rows, source = source_rows(value or None, (hub,), "train" if value else split)
-            preferences.preference(rows[0], {name: name for name in ("prompt", "chosen", "rejected")}, f"{source}, row 0")
+            first = next(iter(rows), {})
+            preferences.preference(first, {name: name for name in ("prompt", "chosen", "rejected")}, f"{source}, row 0")
 
 
 cli(main)
@@ -159,6 +160,7 @@ name, task, path, count, seed, out = sys.argv[1:]
 def main():
     spec = data.TASKS[task]
     rows, _ = source_rows(path or None, spec.hub, spec.splits[0])
+    rows = list(rows) if path else rows  # a file is read as its rows are asked for
     n = round(len(rows) * float(count[:-1]) / 100) if count.endswith("%") else int(count)
     picked = sorted(random.Random(int(seed)).sample(range(len(rows)), max(1, min(n, len(rows)))))
     os.makedirs(os.path.dirname(out), exist_ok=True)

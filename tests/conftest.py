@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # its own tokenised rows, which its
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
 
-LONG = ("test_faults.py", "test_training.py")
+LONG = ("test_faults.py", "test_training.py", "test_run.py", "test_real.py", "test_bon.py")
 
 
 @pytest.fixture(autouse=True)

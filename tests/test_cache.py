@@ -196,7 +196,7 @@ def test_a_post_is_cut_as_by_definition_in_at_most_twelve_tokenisations(name):
             asked.append(text)
             return real(text, **options)
 
-    for k in range(72):
+    for k in range(36):
         start, size = rng.randrange(len(source) - 4000), rng.randint(10, 4000)
         post = source[start : start + size]
         post = [post, post.replace("\n", " "), post.replace("\n", "\n\n  \n"), "".join(post.split()),
