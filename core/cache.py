@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from core import arrow
 from core.ahead import Ahead
-from core.ranks import RANK, barrier, print0
+from core.ranks import from_first, print0
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,9 +99,9 @@ def tokenised(
             ahead.forget()
         return said
 
-    path = there(name) or (made(name, make) if RANK == 0 else None)
-    barrier()
-    path = path or there(name) or made(name, make)  # by a rank of each machine, where they share no file system
+    path = from_first(lambda: there(name) or made(name, make))
+    if not path.exists():  # machines that share no file system: by a rank of each
+        path = there(name) or made(name, make)
     said = Said(**json.loads(path.with_suffix(".json").read_text()))
     return Dataset.from_file(str(path)) if said.kept else None, said
 

@@ -62,6 +62,21 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_first(make: Callable[[], object]) -> object:
+    """What make() returns on rank 0, or its ValueError or OSError, on every rank. The others wait."""
+    found = [None, None]
+    if RANK == 0:
+        try:
+            found[0] = make()
+        except (ValueError, OSError) as error:
+            found[1] = error
+    if WORLD > 1:
+        dist.broadcast_object_list(found)
+    if found[1]:
+        raise found[1]
+    return found[0]
+
+
 def wait_for(path: Path) -> None:
     """A barrier after which every rank sees a file that rank 0 wrote (network file systems lag). Raises OSError."""
     barrier()

@@ -379,6 +379,18 @@ def test_a_full_disk_is_one_line(tmp_path, place):
     assert len(data.examples("toy", TOKENIZER, data=path)[0]) == 3000
 
 
+def test_a_mistake_is_told_once_by_two_ranks(tmp_path):
+    from test_training import launch
+
+    path = write(tmp_path / "d.jsonl", [{"prompt": "how", "response": "3"}] * 1100 + [{"prompt": "how"}])
+    tokenizer = tiny.word_tokenizer()
+    tiny.model("llama", vocab=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ("--model", tmp_path / "model", "--task", "toy", "--data", path, "--out", tmp_path / "out")
+    done = launch("sft.py", *words, ranks=2, check=False)
+    assert done.stderr.count("row 1100: no column 'response'") == 1 and "[rank" not in done.stderr
+
+
 def test_two_ranks_share_one(tmp_path, place):
     """The second finds what the first has made."""
     from test_training import launch
