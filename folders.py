@@ -279,9 +279,10 @@ def offline(
 
     parts = folder.with_name(folder.name + ".parts")
     if not (folder / "dataset_info.json").exists():
-        if RANK == 0 and not (parts / "chunk.json").exists():  # as begun: the number of ranks may change
+        if RANK == 0:
             (parts / "drawn").mkdir(parents=True, exist_ok=True)
-            write_json(parts / "chunk.json", min(chunk, math.ceil(len(rows) / WORLD)))
+            if not (parts / "chunk.json").exists():  # as begun: the number of ranks may change
+                write_json(parts / "chunk.json", min(chunk, math.ceil(len(rows) / WORLD)))
         wait_for(parts / "chunk.json")
         rows, files = arrow.Rows(rows), [parts / "drawn.arrow"]
         for name, draw in column.items():
@@ -324,9 +325,9 @@ def made(parts: Path, make: Callable, rows: arrow.Rows, model: torch.nn.Module) 
 def drawn(parts: Path, name: str, draw: Callable, rows: arrow.Rows, model: torch.nn.Module) -> arrow.Rows:
     """The rows with the column that `draw` adds to them, in the file parts/drawn.arrow.
 
-    Each rank decodes an even share, by length, that is fixed beforehand: a queue from which ranks took as they get free
-    would need them to talk while they decode (under --lock-step, in the middle of each other's forwards), and what y
-    says of how long z will be is nearly as good. (Each of 8 ranks has hundreds of batches before the last one.)"""
+    Each rank decodes an even share, by length, that is fixed beforehand. A queue from which ranks took as they get free
+    would need them to talk while they decode (under --lock-step, in the middle of each other's forwards); and of many
+    rows the shares are as good as even, since x and y say about how long z will be."""
     whole, kept = parts / "drawn.arrow", parts / "drawn"
     if not whole.exists():
         there = {i for part in kept.glob("*.arrow") for i in arrow.mapped(part)["row"].to_pylist()}
@@ -344,7 +345,7 @@ def drawn(parts: Path, name: str, draw: Callable, rows: arrow.Rows, model: torch
         def keep(i: int, value: list) -> None:
             fresh.append({"row": left[i], name: value})
             bar.update()
-            if time.time() - written > KEEP:
+            if time.time() - written > KEEP or len(fresh) >= arrow.BLOCK:
                 flush()
 
         initial = len(share) - len(left)

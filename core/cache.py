@@ -109,8 +109,11 @@ def tokenised(
 def places() -> list[Path]:
     import datasets
 
+    found = [Path(datasets.config.HF_DATASETS_CACHE) / "tokenised"]
     own = Path(tempfile.gettempdir()) / f"tokenised-{os.getuid()}"
-    return [Path(datasets.config.HF_DATASETS_CACHE) / "tokenised", own]
+    if not own.exists() or own.stat().st_uid == os.getuid():  # anyone may write there
+        found.append(own)
+    return found
 
 
 def there(name: str) -> Path | None:
