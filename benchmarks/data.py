@@ -232,9 +232,8 @@ def step(side: str, folder: Path, count: int) -> None:
     for k in range(5):
         started, picked = time.process_time(), ddp_utils.batch_rows(count, k, 512, 0)
         if side == "after":
-            picked = np.array(picked)
-            picked = picked[np.argsort(rows.tokens()[picked], kind="stable")]
-            micro = ddp_utils.Run._micro_batches(run, rows, picked.tolist())
+            batch, *_ = ddp_utils.Run._batch(rows, rows.tokens(), np.array(picked), None)
+            micro = ddp_utils.Run._micro_batches(run, batch)
             for some in micro:
                 rac_options.soft_term(run, some, [row["z"] for row in some], [row["z_bar"] for row in some])
         else:
