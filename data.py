@@ -242,7 +242,7 @@ def examples(
         return kept
 
     flags = (columns, limit, need_response, max_prompt, max_response, max_reference)
-    code = hash_of_functions(convert, pairs, chat, spec.x, spec.f)
+    code = hash_of_functions(convert, pairs, chat, cut, spec.x, spec.f)
     of_task = (task, spec.prompt, spec.response, spec.before_response)
     key = (code, *of_task, *flags, hash_of_source(rows, source), hash_of_tokenizer(tokenizer), ends(tokenizer))
     found, said = tokenised(key, tokenizer, each_row(task, rows, source, columns, limit, need_response), convert)

@@ -282,7 +282,7 @@ def run(args: argparse.Namespace) -> None:
 
     model = model_of(args, tokenizer)
     tokens = max(len(row["x"]) + max(len(row["y"]), args.max_response * bool(args.temperatures)) for row in examples)
-    if args.task in ("toy", "sums"):
+    if args.task in sums.TASKS:
         tokens = max(len(row["x"] + row["y"]) for row in examples) + args.max_response  # recovery begins inside of y
     check_fits(model, tokens, max(max(row["x"] + row["y"]) for row in examples), "prompt and response")
     test_set = hash_of(examples)
@@ -290,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
     for t in args.temperatures:
         found, details[f"t{t:g}"] = accuracy(args, model, tokenizer, examples, references, t)
         metrics |= found
-    if args.task in ("toy", "sums"):
+    if args.task in sums.TASKS:
         metrics |= recovery(args, model, tokenizer, examples)
     metrics |= exposure(args, model, tokenizer, examples)
     seconds = train_seconds(args.model)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from core import arrow
 from core.fsdp import inference
 from core.kinds import write_folder
-from core.ranks import RANK, WORLD, barrier, first_line, print0, wait_for
+from core.ranks import RANK, WORLD, barrier, first_line, from_first, print0, wait_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -115,14 +115,6 @@ def contents_of(files: Iterable[Path]) -> str:
     return f"{sum(file.stat().st_size for file in files)} bytes, CRC-32 {crc:08x}"
 
 
-def from_rank_0(make: Callable[[], object]) -> object:
-    """What make() gives on rank 0, for all ranks: files are read once, not by each."""
-    made = [make() if RANK == 0 else None]
-    if WORLD > 1:
-        torch.distributed.broadcast_object_list(made, 0)
-    return made[0]
-
-
 def open_out(
     args: argparse.Namespace,
     begun: tuple[str, ...] = ("D_*",),
@@ -137,7 +129,7 @@ def open_out(
     """
     if not args.out.strip():
         raise ValueError("--out is empty: give a folder")
-    out, flags = Path(args.out), from_rank_0(lambda: given(args))
+    out, flags = Path(args.out), from_first(lambda: given(args))  # files are read once, not by each rank
     if RANK == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -183,7 +175,7 @@ def claim_file(args: argparse.Namespace) -> tuple[Path, Callable[[], None]]:
     """--out of a command that writes one file, and what to call when its work begins: that leaves the flags beside it.
 
     Raises ValueError where the file exists, or where another call's work is left beside it."""
-    out, flags, kept = Path(args.out), Path(args.out + ".args.json"), from_rank_0(lambda: given(args))
+    out, flags, kept = Path(args.out), Path(args.out + ".args.json"), from_first(lambda: given(args))
     if out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another file or delete it")
     try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from core.ahead import Ahead
 from core.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
 from core.chat import Remarks, chat, ends
+from core.cut import cut
 from core.rows import named, numbered, one_row, optional_texts, source_rows
 from data import TASKS, encode, qa_f
 
@@ -86,7 +87,8 @@ def load_preferences(args: argparse.Namespace, tokenizer) -> tuple[Dataset, list
         return kept
 
     flags = (args.columns, args.limit, most, args.max_response or spec.max_response, args.max_length)
-    of_task = ("preferences", args.task, spec.before_response, hash_of_functions(convert, encode, chat, named, spec.x))
+    code = hash_of_functions(convert, encode, chat, cut, named, spec.x)
+    of_task = ("preferences", args.task, spec.before_response, code)
     key = (*of_task, *flags, hash_of_source(rows, source), hash_of_tokenizer(tokenizer), ends(tokenizer))
     found, said = tokenised(key, tokenizer, numbered(rows, source, args.limit), convert)
     notes = [f"{said.kept} pairs, templates of task {args.task}, from {source}", *said.why(whys)]

@@ -103,7 +103,7 @@ def describe(d_r: Dataset) -> dict[str, float]:
 def report(d_r: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, path: Path) -> None:
     """Prints and writes what a D_r holds; on toy and sums, where the right labels are known, also how good they are."""
     found = describe(d_r)
-    rows = [row for row in d_r if sums.has_sum(sums.text_of(tokenizer, row["y"]))] if task in ("toy", "sums") else []
+    rows = [row for row in d_r if sums.has_sum(sums.text_of(tokenizer, row["y"]))] if task in sums.TASKS else []
     if rows:
         found |= sums.label_quality(tokenizer, *([row[name] for row in rows] for name in ("y", "z", "z_bar")))
     print0(f"{path.stem}:", ", ".join(f"{key} {value:.4g}" for key, value in found.items() if value is not None))

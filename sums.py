@@ -108,6 +108,7 @@ def answer(text: str) -> str | None:
 
 # ---- the perfect corrector, by word ----
 
+TASKS = ("toy", "sums")  # whose responses these are
 END = "\0"  # the word, and the text, that EOS stands for
 WORD = re.compile(r"[0-9]+|[A-Za-z]+|#+|\S")  # so that `40.` is two words: who leaves out a space is still understood
 NUMBER = re.compile(r"[0-9]{1,9}")

@@ -28,7 +28,7 @@ from core import ranks
 from tools import controls
 
 MODULES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac, "generate": generate, "evaluate": evaluate, "toy": toy}
-MODULES["controls"] = controls
+MODULES |= {"controls": controls}
 READ = "--model model --task ultrachat --data train.jsonl --columns response=response --max-response 12 "
 GIVEN = {stage: READ + "--out out --batch-size 4 " for stage in ("sft", "scs", "bash", "rac")} | {
     "generate": READ + "--out out/z.jsonl ",
