@@ -270,13 +270,20 @@ class Handler(BaseHTTPRequestHandler):
             server.bodies.append((self.path, body))
             server.now += 1
             server.most = max(server.most, server.now)
+            self.open = True
         try:
             server.answer(self, prompt, n)
         finally:
-            with server.lock:
-                server.now -= 1
+            self.close_one()
+
+    def close_one(self):
+        """Before a reply is written: once it is, the client may ask again before this thread has its turn."""
+        with self.server.lock:
+            self.server.now -= self.open
+            self.open = False
 
     def reply(self, status: int, body: bytes = b"", length: int | None = None, **headers: str):
+        self.close_one()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
