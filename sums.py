@@ -90,13 +90,19 @@ def problems(
     return rows
 
 
-def splits(train: int = 500, valid: int = 300, test: int = 400, seed: int = 0, **difficulty) -> dict[str, list[dict]]:
+def splits(train=500, valid=300, test=400, seed=0, hard: float = 0, harder: dict | None = None, **difficulty) -> dict:
     """The three sets, disjoint by prompt. Settings are chosen on valid, tables are made on test: both are always the
-    same problems; only train depends on the seed. difficulty: operands, n_steps, top as in `problem`."""
+    same problems; only train depends on the seed. difficulty: operands, n_steps, top as in `problem`; the share `hard`
+    of each set has the difficulty `harder`."""
     out, seen = {}, set()
     for split, n, key in (("test", test, "test"), ("valid", valid, "valid"), ("train", train, f"train {seed}")):
-        out[split] = problems(n, key, exclude=seen, **difficulty)
-        seen |= {row["prompt"] for row in out[split]}
+        parts = (n - round(hard * n), key, difficulty), (round(hard * n), f"hard {key}", harder or difficulty)
+        out[split] = []
+        for m, part_key, its in parts:
+            out[split] += problems(m, part_key, exclude=seen, **its)
+            seen |= {row["prompt"] for row in out[split]}
+        if hard:
+            random.Random(f"order {key}").shuffle(out[split])
     return out
 
 

@@ -3,6 +3,7 @@
     python toy.py base   --out out/base [--seed 0]             # trains the base model: an ordinary Hugging Face folder
     python toy.py data   --out out/data [--train 500]          # train.jsonl, valid.jsonl, test.jsonl: prompt, response
     python toy.py data   --out out/data --operands 10 99 --steps 4 6 --top 200    # harder ones, for --task sums
+    python toy.py data   --out out/data --operands 2 5 --steps 1 1 --hard 0.5 --hard-operands 10 20 --hard-steps 4 4
     python toy.py preferences --pairs out/D_r --out out/preferences  # pairs.jsonl for dpo.py: y is preferred to z
     python toy.py bytes  --out out/tiny --text train.jsonl     # a random small model + byte-level BPE, for real text
 
@@ -230,6 +231,9 @@ def main():
     data.add_argument("--operands", type=positive, nargs=2, default=(2, 15), help="the smallest and the largest")
     data.add_argument("--steps", type=positive, nargs=2, default=(3, 4), help="the fewest and the most")
     data.add_argument("--top", type=positive, default=TOP, help="the largest number")
+    data.add_argument("--hard", type=number(0, 1), default=0.0, help="this share of the problems is harder")
+    data.add_argument("--hard-operands", type=positive, nargs=2, help="theirs (as --operands)")
+    data.add_argument("--hard-steps", type=positive, nargs=2, help="theirs (as --steps)")
     preferred.add_argument("--pairs", required=True, help="a `datasets` folder with columns x, y, z, z_bar")
     text.add_argument("--text", nargs="+", required=True, help=".jsonl files")
     text.add_argument("--vocab", type=number(257, kind=int), default=2048, help="the bytes, <eos>, and merges")
@@ -245,8 +249,9 @@ def main():
     torch.manual_seed(args.seed)
     if args.command in ("data", "preferences"):
         if args.command == "data":
-            difficulty = {"operands": tuple(args.operands), "n_steps": tuple(args.steps), "top": args.top}
-            files = splits(args.train, args.valid, args.test, args.seed, **difficulty)
+            easy = {"operands": tuple(args.operands), "n_steps": tuple(args.steps), "top": args.top}
+            harder = {"operands": args.hard_operands or args.operands, "n_steps": args.hard_steps or args.steps}
+            files = splits(args.train, args.valid, args.test, args.seed, args.hard, easy | harder, **easy)
         else:
             files = {"pairs": preferences(read_pairs(args.pairs, ("z", "z_bar"), tokenizer()))}
         for name, rows in files.items():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,31 @@ def test_base_and_data_commands(tmp_path):
     run("data", "--out", tmp_path / "data", "--train", 5, "--valid", 4, "--test", 3)
     rows = [json.loads(line) for line in (tmp_path / "data/train.jsonl").read_text().splitlines()]
     assert len(rows) == 5 and set(rows[0]) == {"prompt", "response"}
+
+
+def test_problems_of_two_difficulties(tmp_path):
+    easy, hard = ("--operands", 2, 5, "--steps", 1, 1), ("--hard-operands", 10, 20, "--hard-steps", 4, 4)
+    sizes = ("--train", 40, "--valid", 4, "--test", 12)
+    files = {}
+    for seed in (0, 1):
+        run("data", "--out", tmp_path / f"{seed}", "--seed", seed, *sizes, *easy, "--hard", 0.25, *hard)
+        files[seed] = [(tmp_path / f"{seed}/{name}.jsonl").read_text() for name in ("train", "valid", "test")]
+    assert files[0][1:] == files[1][1:] and files[0][0] != files[1][0]
+    rows = [[json.loads(line) for line in text.splitlines()] for text in files[0]]
+    assert [len(part) for part in rows] == [40, 4, 12]
+    for part in rows:
+        is_hard = [" fourth " in row["response"] for row in part]
+        assert sum(is_hard) == len(part) / 4 and is_hard != sorted(is_hard)  # one order
+        for row, four in zip(part, is_hard):
+            operands = [int(n) for n in re.findall(r"[+-] ([0-9]+)", row["response"])]
+            assert len(operands) == (8 if four else 2) and all(10 <= n <= 20 if four else 2 <= n <= 5 for n in operands)
+
+
+def test_where_two_difficulties_overlap_no_problem_is_in_two_sets():
+    same = {"operands": (2, 3), "n_steps": (1, 1)}
+    sets = sums.splits(60, 30, 30, 0, 0.5, same, **same)
+    prompts = [row["prompt"] for rows in sets.values() for row in rows]
+    assert len(set(prompts)) == len(prompts) == 120
 
 
 def test_preferences_command(tmp_path):
