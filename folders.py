@@ -271,10 +271,13 @@ def offline(
 
     parts = folder.with_name(folder.name + ".parts")
     if not (folder / "dataset_info.json").exists():
-        if RANK == 0:
+
+        def begin() -> None:
             (parts / "drawn").mkdir(parents=True, exist_ok=True)
             if not (parts / "chunk.json").exists():  # as begun: the number of ranks may change
                 write_json(parts / "chunk.json", min(chunk, math.ceil(len(rows) / WORLD)))
+
+        from_first(begin)
         wait_for(parts / "chunk.json")
         rows, files = arrow.Rows(rows), [parts / "drawn.arrow"]
         for name, draw in column.items():
@@ -282,7 +285,8 @@ def offline(
         if make:
             files = made(parts, make, rows, model)
         barrier()
-        if RANK == 0:
+
+        def gather() -> None:
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             arrow.save(partial, files)
@@ -290,6 +294,8 @@ def offline(
             seconds /= min(WORLD, len(files) if make else len(rows))  # of one rank
             write_json(partial / "source.json", {"tokenizer": fingerprint(tokenizer), "seconds": seconds})
             partial.rename(folder)
+
+        from_first(gather)
         wait_for(folder / "dataset_info.json")
     if RANK == 0:
         shutil.rmtree(parts, ignore_errors=True)
@@ -350,8 +356,7 @@ def drawn(parts: Path, name: str, draw: Callable, rows: arrow.Rows, model: torch
             finally:
                 flush()
         barrier()
-        if RANK == 0:
-            in_order(kept, rows, whole)
+        from_first(lambda: in_order(kept, rows, whole))
     wait_for(whole)
     if RANK == 0:
         shutil.rmtree(kept, ignore_errors=True)
