@@ -251,7 +251,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     words = command(world, tmp_path / "out", stage="bash")
     done = launch(full, *words[1:], ranks=2, check=False)
     assert done.returncode and done.stderr.count("No space left on device") == 1
-    assert "Traceback (most recent call last):\n  File \"" + str(HERE.parent) not in done.stderr
+    assert 'Traceback (most recent call last):\n  File "' + str(HERE.parent) not in done.stderr
     parts = tmp_path / "out" / "D_s_1.parts"
     assert list(parts.glob("drawn/*.arrow" if where == "in_order" else "drawn.arrow"))
     launch(*words, ranks=2)
