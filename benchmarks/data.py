@@ -1,7 +1,7 @@
 """What the data cost around the model: seconds and memory of each step, beside the plain way to do it.
 
     OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false python benchmarks/data.py        # 5,000, 20,000 and 50,000 rows
-    ... python benchmarks/data.py --sizes 5000 --large                              # and 200,000
+    ... python benchmarks/data.py --sizes 200000            # what is done now alone: "before" ends at 50,000
 
     load            UltraChat-like rows with f(x, y), from .jsonl to token ids; "again" is a second rank, stage or call
     gather          D_r of hard labels from what the decoder and the labelling pass hand over, kept as it is made
@@ -14,7 +14,7 @@
 "before" is the slow, obvious version, written out below: row by row, all rows as Python objects, parts as JSON. Each
 job is a process of its own. Seconds are CPU time. Memory is the peak over what the imports took: of the process's own
 pages (RssAnon, looked at every 20 ms), and with those of mapped files, which are shared and can be given back at any
-time (VmHWM). Writes results/data.json.
+time (VmHWM). Writes results/data.json; rows of other sizes that are there stay.
 """
 
 from __future__ import annotations
@@ -329,7 +329,6 @@ def measure(name: str, side: str, folder: Path, count: int) -> dict:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--sizes", type=int, nargs="+", default=[5_000, 20_000, 50_000])
-    p.add_argument("--large", action="store_true", help="200,000 rows, too: what is done now alone")
     p.add_argument("--job", nargs=4, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.job:
@@ -340,7 +339,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tokenizer(folder / "tokenizer")
-        for count in [2_000, *args.sizes] + [200_000] * args.large:
+        for count in [2_000, *args.sizes]:
             for what in ["gather topk"] if count == 2_000 else ["load", "gather", "gather topk", "check"]:
                 if what == "load":
                     write_rows(folder / f"{count}.jsonl", count)
@@ -355,8 +354,12 @@ def main() -> None:
         write_pairs(folder, 2_000, topk=True)
         found += [measure("step topk", side, folder, 2_000) for side in ("before", "after")]
         found += [measure("forwards", side, folder, 1_280) for side in ("before", "after")]
-    report = {"command": " ".join(["python", "benchmarks/data.py", *sys.argv[1:]]), "threads": 1, "rows": found}
-    (ROOT / "results" / "data.json").write_text(json.dumps(report, indent=2) + "\n")
+    path, command = ROOT / "results" / "data.json", " ".join(["python", "benchmarks/data.py", *sys.argv[1:]])
+    found = [{**row, "threads": 1, "command": command} for row in found]
+    new = {(row["what"], row["side"], row["rows"]) for row in found}
+    kept = json.loads(path.read_text()) if path.exists() else []
+    found = [row for row in kept if (row["what"], row["side"], row["rows"]) not in new] + found
+    path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
