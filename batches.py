@@ -9,7 +9,8 @@ Prompts are padded on the left, so that all responses start in one column: what 
 columns (`logits_to_keep`), and the prompt gets none. Attention mask and position ids are always passed, and come from
 lengths: a pad id that is also EOS, or a word of the text, does no harm.
 
-Needs nothing but torch. `losses` is the fast path, `losses_by_definition` what it computes; tests compare the two.
+`losses` is the fast path, `losses_by_definition` what it computes; tests compare the two. With --packed its pass has no
+padding: core/packed.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from core import packed
 
 Rows = list[list[int]]  # token ids, one list a row
 
@@ -122,7 +125,8 @@ def losses(
     - one pass for all terms; rows with nothing given are left out (but one: other ranks wait for this one's pass);
     - [B, L, V] never exists: logits are made where there is a token to predict, CHUNK at a time (and once more for the
       backward, where it takes several chunks);
-    - share_prompt: x is read once, followed by all terms' tokens, which do not see each other.
+    - share_prompt: x is read once, followed by all terms' tokens, which do not see each other;
+    - of a model that `packed.prepare` made ready: so, too, and all rows in one sequence, without padding.
     Raises ValueError where share_prompt does not work with the model.
     """
     inputs, parts = lay_out(model, x, terms, share_prompt)
@@ -163,17 +167,19 @@ def lay_out(
     """The model's inputs for the one pass of `losses`; and for each term its loss, where in the pass its N tokens are
     predicted (row and column, [2, N]), and its targets, [N] each."""
     given = [term[1] for term in terms.values()]
-    if share_prompt and len(given) > 1:  # a row of the pass: the (term, example) pairs that follow one prompt
+    one = getattr(model, "packed", False)  # one sequence
+    if (share_prompt or one) and len(given) > 1:  # a row of the pass: the (term, example) pairs that follow one prompt
         groups = [[(k, i) for k in range(len(given))] for i in range(len(x)) if any(rows[i] for rows in given)]
     else:
         groups = [[(k, i)] for k, rows in enumerate(given) for i in range(len(x)) if rows[i]]
     groups = groups or [[(0, 0)]]
-    inputs, columns = pack([x[group[0][1]] for group in groups], [[given[k][i] for k, i in g] for g in groups], model)
+    layout = packed.pack if one else pack
+    inputs, columns = layout([x[group[0][1]] for group in groups], [[given[k][i] for k, i in g] for g in groups], model)
     at: list[list[tuple[int, int]]] = [[] for _ in terms]  # of each term: row and column that predict each token
     order: list[list[int]] = [[] for _ in terms]  # ... and the examples that these belong to
-    for b, group in enumerate(groups):
-        for places, (k, i) in zip(columns, group, strict=True):
-            at[k] += [(b, column) for column in places[: len(given[k][i])]]
+    for b, (group, row) in enumerate(zip(groups, columns, strict=True)):
+        for places, (k, i) in zip(row, group, strict=True):
+            at[k] += [(0 if one else b, column) for column in places[: len(given[k][i])]]
             order[k].append(i)
     parts = []
     for (loss, _, *targets), places, examples in zip(terms.values(), at, order, strict=True):
@@ -199,9 +205,10 @@ def in_chunks(
 
 def pack(
     prompts: Rows, segments: list[Rows], model: torch.nn.Module
-) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
-    """Each prompt followed by its segments, each of which sees the prompt and itself -> the model's inputs, and for
-    each segment the columns that predict its tokens (the prompt's last, then its own; its last token is not read).
+) -> tuple[dict[str, torch.Tensor], list[list[list[int]]]]:
+    """Each prompt followed by its segments, each of which sees the prompt and itself -> the model's inputs; and for
+    each segment of each prompt (here the same for all) the columns that predict its tokens: the prompt's last, then its
+    own, of which the last token is not read.
 
     Example: prompts [[5, 6], [8]] with segments [[1, 2], [3, 4, 7]] and [[9, 9], [2]] gives
         input_ids  5 6 1 3 4    position_ids  0 1 2 2 3    and a 4-D mask by which 1 does not see 3 and 4, and so on
@@ -224,23 +231,21 @@ def pack(
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
     # the column that predicts token j: the prompt's last for j = 0, then the segment's own
     columns = [[width - 1, *range(start, end)] for start, end in zip(starts, starts[1:])]
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}, columns
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}, [columns] * len(prompts)
 
 
 def mask_4d(real: torch.Tensor, position: torch.Tensor, starts: list[int], model: torch.nn.Module) -> torch.Tensor:
     """The mask [B, 1, S, S] of `pack`: a token sees its prompt, and its own segment up to itself."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["by its window"])
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(f"--share-prompt needs 4-D attention masks, which {config._attn_implementation} does not take")
-    if len(kinds) > 1 or not kinds <= {"by its window", "full_attention", "sliding_attention"}:
-        raise ValueError(f"--share-prompt: this model's layers differ in what they see ({', '.join(sorted(kinds))})")
+    if kinds := packed.uneven(config):
+        raise ValueError(f"--share-prompt: this model's layers differ in what they see ({kinds})")
     column = torch.arange(real.shape[1])
     segment = torch.bucketize(column, torch.tensor(starts[:-1]), right=True)  # [S], 0 in the prompt, then 1, 2, ...
     seen = (segment[None] == 0) | (segment[None] == segment[:, None])  # [S, S], query by key
     seen = (seen & (column[None] <= column[:, None])) & real[:, None]  # [B, S, S]
-    window = getattr(config, "sliding_window", None)
-    if window and kinds != {"full_attention"}:
+    if window := packed.window_of(config):
         seen &= position[:, :, None] - position[:, None] < window
     seen |= torch.eye(len(column), dtype=torch.bool)  # padding must see something: itself
     if config._attn_implementation == "eager":  # there a mask is added to the scores

@@ -48,14 +48,17 @@ def neftune(model: torch.nn.Module, rows: list[dict], alpha: float, seed: int) -
     uniform(-1, 1) * alpha / sqrt(L d) on each of the L tokens of an example, d wide; none on padding."""
     rows = [row for row in rows if row["y"]] or rows[:1]  # what losses passes, in its order
     width = max(len(row["x"]) for row in rows)  # its layout: [ left-padded x | right-padded y without the last token ]
+    packed = getattr(model, "packed", False)  # ... or, with --packed, one row after the other
 
     def add(module: torch.nn.Module, inputs: tuple, embeddings: torch.Tensor) -> torch.Tensor:  # [B, S, d]
-        noise = torch.zeros_like(embeddings)
+        noise, end = torch.zeros_like(embeddings), 0
         for b, row in enumerate(rows):
             generator = torch.Generator(embeddings.device).manual_seed(fold_in(seed, row["id"]))
             x, y, d = len(row["x"]), len(row["y"]), embeddings.shape[-1]
             drawn = torch.empty(max(x + y - 1, x), d, device=embeddings.device).uniform_(-1, 1, generator=generator)
-            noise[b, width - x : width - x + len(drawn)] = drawn * alpha / math.sqrt((x + y) * d)
+            b, start = (0, end) if packed else (b, width - x)
+            end = start + len(drawn)
+            noise[b, start:end] = drawn * alpha / math.sqrt((x + y) * d)
         return embeddings + noise
 
     hook = model.get_input_embeddings().register_forward_hook(add) if alpha else None

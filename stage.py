@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import evaluate
 import sums
+from core import packed
 from core.flags import count, data_flags, group, new_parser, number, positive
 from core.fsdp import check_rows, load_tokenizer, model_of
 from core.ranks import WORLD, init, print0
@@ -40,6 +41,7 @@ def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     g.add_argument("--micro-batch-size", type=positive, default=8, help="rows in one pass of one rank")
     g.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in the backward")
     g.add_argument("--compile", action="store_true", help="torch.compile each block's training pass")
+    g.add_argument("--packed", action="store_true", help="a pass reads its rows as one sequence, x once, no padding")
     g = group(p, "while training")
     g.add_argument("--checkpoint-every", type=count, default=500, help="steps between checkpoints (0: none)")
     g.add_argument("--eval-every", type=count, default=0, help="steps between looks at held-out rows (0: none)")
@@ -70,6 +72,8 @@ def start(
     if len(examples) < WORLD:
         raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
     model = model_of(args, tokenizer)
+    if args.packed and (why := packed.prepare(model)):
+        print0(f"--packed: not with this model ({why}); its rows are padded, as without the flag")
     check_saves(model, tokenizer, args)
     check_rows(model, examples, where, max_new_tokens)
     size = min(args.batch_size, len(examples))
