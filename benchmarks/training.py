@@ -3,9 +3,11 @@
     pip install -r benchmarks/requirements.txt
     OMP_NUM_THREADS=1 python benchmarks/training.py                      # CPU, 70M parameters; results/training.json
     python benchmarks/training.py --width 2048 --layers 16 --batch-size 16          # a GPU: the shape of Pythia-1B
+    python benchmarks/training.py --packed --ragged 0.8 --width 256 --layers 4 --vocab 8192 --batch-size 8 --steps 4 \
+        --repeat 1                                                        # --packed alone; results/packed.json
 
 Every side gets the same weights (a random GPT-NeoX), rows of random tokens (prompts and responses of --prompt and
---response tokens, give or take a fifth; all rows of a step are one micro-batch), AdamW (fused), clipping and precision:
+--response tokens, give or take --ragged; all rows of a step in one micro-batch), AdamW (fused), clipping, precision:
 float32 on a CPU, bfloat16 over float32 weights on a GPU. A step is all between two batches: padding, forward, backward,
 clipping, AdamW, logging. Ours is the loop of sft.py and bash.py on ddp_utils.Run. TRL runs as it is installed, which
 means with gradient checkpointing, then without it (as ours), then without padding as well; its loss is on the response
@@ -14,7 +16,8 @@ only. transformers' own Trainer, with whole logits, stands beside it. Tokens are
 Every run is a process of its own, the sides take turns, and a run's first step is not counted. Shown are medians over
 all steps; the clock is CPU time where there is one thread (other programs change that little), else time on the wall.
 The peak is that of a run from when its model is loaded: resident memory of the whole process, libraries included, on a
-CPU, allocated memory on a GPU. All sides must have the same loss at the first step; it is in the table.
+CPU, allocated memory on a GPU. All sides must have the same loss at the first step; it is in the table. Padding is the
+share of the columns of our passes that hold no token of a row.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ import batches
 import ddp_utils
 import stage
 import tiny
-from core import fsdp, ranks
+from core import fsdp, packed, ranks
 from sft import sft_loss
 
 PEERS = {  # side: settings beyond the defaults
@@ -51,7 +54,7 @@ PEERS = {  # side: settings beyond the defaults
     "TRL, no checkpointing, padding-free": {"gradient_checkpointing": False, "padding_free": True},
     "transformers' Trainer": {},
 }
-JOINT = ("one pass", "two passes", "--share-prompt")
+JOINT = ("one pass", "two passes", "--share-prompt", "--packed")
 CUDA, FLOAT = torch.cuda.is_available(), "bfloat16" if torch.cuda.is_available() else "float32"
 VERSIONS = ("torch", "transformers", "trl")
 CLOCK = time.process_time if torch.get_num_threads() == 1 and not CUDA else time.perf_counter
@@ -74,10 +77,10 @@ class Meter:
         return {"stamps": self.stamps, "peak": torch.cuda.max_memory_allocated() if CUDA else resident} | more
 
 
-def make_rows(count: int, vocab: int, prompt: int, response: int) -> list[dict]:
-    """Random ids; lengths within a fifth of those asked for. A rotated y stands for y_hat."""
-    draw = random.Random(0)
-    sizes = [(round(draw.uniform(0.8, 1.2) * prompt), round(draw.uniform(0.8, 1.2) * response)) for _ in range(count)]
+def make_rows(count: int, vocab: int, prompt: int, response: int, ragged: float = 0.2) -> list[dict]:
+    """Random ids; lengths within that share (ragged) of those asked for. A rotated y stands for y_hat."""
+    draw, low, high = random.Random(0), 1 - ragged, 1 + ragged
+    sizes = [(round(draw.uniform(low, high) * prompt), round(draw.uniform(low, high) * response)) for _ in range(count)]
     rows = [[[draw.randrange(3, vocab) for _ in range(n)] for n in pair] for pair in sizes]
     return [{"id": i, "x": x, "y": y, "y_hat": y[1:] + y[:1]} for i, (x, y) in enumerate(rows)]
 
@@ -101,14 +104,17 @@ def start(job: dict, rows: int, out: str) -> ddp_utils.Run:
 
 
 def ours(side: str, job: dict, rows: list[dict], out: str) -> dict:
-    run = start(job, len(rows), out)
+    run, columns, joint = start(job, len(rows), out), [], job["joint"]
+    if side == "--packed" and (why := packed.prepare(run.model)):
+        sys.exit(f"--packed: {why}")
+    run.model.register_forward_pre_hook(lambda *a: columns.append(a[2]["input_ids"].numel()), with_kwargs=True)
     meter = Meter()
     for step in run.steps(rows, job["steps"]):
         meter.stamp()
         n = step.tokens("y")
         for part in step.micro_batches:
             x, y, y_hat = ([row[name] for row in part] for name in ("x", "y", "y_hat"))
-            terms = ({"bash": (sft_loss, y_hat, y)} if side in JOINT else {}) | {"sft": (sft_loss, y, y)}
+            terms = ({"bash": (sft_loss, y_hat, y)} if joint else {}) | {"sft": (sft_loss, y, y)}
             if side == "two passes":
                 sums, target = {}, batches.batch(x, y, run.device)
                 for name, (loss, given, _) in terms.items():
@@ -119,7 +125,11 @@ def ours(side: str, job: dict, rows: list[dict], out: str) -> dict:
             run.backward(**{name: total / n for name, total in sums.items()})
         run.update()
     meter.stamp()
-    return meter.result(loss=json.loads((Path(out) / "log.jsonl").read_text().splitlines()[0])["loss"])
+    x, y = (sum(len(row[name]) for row in rows) for name in ("x", "y"))
+    terms = 2 if joint else 1  # a response's last token is not read
+    held = (1 if side in ("--share-prompt", "--packed") else terms) * x + terms * (y - len(rows))
+    padding = 1 - held * job["steps"] / sum(columns)
+    return meter.result(loss=json.loads((Path(out) / "log.jsonl").read_text().splitlines()[0])["loss"], padding=padding)
 
 
 def theirs(side: str, job: dict, rows: list[dict], out: str) -> dict:
@@ -173,32 +183,40 @@ def main() -> None:
     sizes = {"width": 512, "layers": 6, "heads": 8, "vocab": 50304, "prompt": 400, "response": 50}
     for name, default in (sizes | {"batch-size": 4, "steps": 3, "repeat": 2}).items():
         p.add_argument(f"--{name}", type=int, default=default)
-    p.add_argument("--results", default="results/training.json")
+    p.add_argument("--ragged", type=float, default=0.2, help="lengths are within this share of those asked for")
+    p.add_argument("--packed", action="store_true", help="our steps alone, with --packed and without")
+    p.add_argument("--results", help="default: results/training.json, of --packed results/packed.json")
     p.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = p.parse_args()
+    args.results = args.results or f"results/{'packed' if args.packed else 'training'}.json"
     ranks.init()
     if job := args.job:
         with tempfile.TemporaryDirectory() as out:
             run = theirs if job["side"] in PEERS else ours
             return print(json.dumps(run(job["side"], job, make_rows(*job["rows"]), out)))
-    sides = ["ours", *(PEERS if importlib.util.find_spec("trl") else ())]
-    if len(sides) == 1:
-        print("TRL is not installed (pip install -r benchmarks/requirements.txt): it is left out", file=sys.stderr)
     tables, given = [], (args.prompt, args.response)
+    sides, plan = ["ours", "--packed"], (("Joint", ("one pass", *JOINT[2:]), given),)
+    if not args.packed:
+        sides += PEERS if importlib.util.find_spec("trl") else ()
+        plan = ("Joint", JOINT, given), ("Joint", JOINT, (200, 200))
+        if len(sides) == 2:
+            print("TRL is not installed (pip install -r benchmarks/requirements.txt): it is left out", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         parameters = make_model(folder, args)
         job = {"folder": folder, "dtype": FLOAT, "steps": args.steps, "micro_batch_size": args.batch_size}
-        for title, names, lengths in (("SFT", sides, given), ("Joint", JOINT, given), ("Joint", JOINT, (200, 200))):
-            size = (args.batch_size, args.vocab, *lengths)
+        for title, names, lengths in (("SFT", sides, given), *plan):
+            size = (args.batch_size, args.vocab, *lengths, args.ragged)
+            of = {**job, "joint": title == "Joint", "rows": size}
             tokens = sum(len(row["x"] + row["y"]) for row in make_rows(*size))
-            found = alternate(__file__, {name: {**job, "side": name, "rows": size} for name in names}, args.repeat)
+            found = alternate(__file__, {name: {**of, "side": name} for name in names}, args.repeat)
             print(f"\n{title} step, prompt {lengths[0]}, response {lengths[1]}, {args.batch_size} rows\n")
-            print(f"| side | s | tokens/s | peak MB | first loss | time / {names[0]} | peak / {names[0]} |")
-            print("|---|---:|---:|---:|---:|---:|---:|")
+            print(f"| side | s | tokens/s | peak MB | first loss | time / {names[0]} | peak / {names[0]} | padding |")
+            print("|---|---:|---:|---:|---:|---:|---:|---:|")
             for name, row in found.items():
                 row["tokens_per_second"] = tokens / row["seconds"]
                 cells = [f"{row['seconds']:.2f}", f"{row['tokens_per_second']:.0f}", f"{row['peak_mb']:.0f}"]
                 cells += [f"{row['loss']:.4f}", f"{row['seconds_ratio']:.2f}", f"{row['peak_mb_ratio']:.2f}"]
+                cells += [f"{row['padding']:.0%}" if "padding" in row else ""]
                 print(f"| {name} |", " | ".join(cells), "|")
             tables.append({"step": title, "lengths": lengths, "tokens": tokens, "sides": found})
     write(args.results, {**vars(args), "dtype": FLOAT, "parameters": parameters}, tables=tables)

@@ -51,11 +51,14 @@ def has_flex(device: torch.device) -> bool:
 def prepare(model: torch.nn.Module) -> str:
     """Makes `losses` pack, for this model, and returns ''; or, where the model cannot, returns why and changes nothing.
     All other passes compute what they did."""
+    if getattr(model, "packed", False):
+        return ""
     config = model.config.get_text_config()
     if not getattr(model, "_supports_flex_attn", False):
         return f"{config.model_type} does not take flex_attention"
-    if config._attn_implementation not in ("sdpa", "flex_attention"):
-        return f"it needs sdpa or flex_attention, not {config._attn_implementation}"
+    by = config._attn_implementation
+    if by != "sdpa" and not (by == "flex_attention" and has_flex(model.device)):
+        return f"it needs sdpa attention, not {by}"
     if kinds := uneven(config):
         return f"the layers of {config.model_type} differ in what they see ({kinds})"
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -64,7 +67,7 @@ def prepare(model: torch.nn.Module) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if config._attn_implementation == "sdpa":
+    if by == "sdpa":
         AttentionInterface.register("packed", attend)
         AttentionMaskInterface.register("packed", sdpa_mask)  # of passes that are not packed
         # for good, not for one pass: activation checkpointing runs the layers again in the backward
@@ -74,23 +77,24 @@ def prepare(model: torch.nn.Module) -> str:
 
 
 def attend(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, **kwargs: object
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: object,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """One layer's attention: [B, heads, S, d] each -> [B, S, heads, d]. An attention function of transformers: by
     flex_attention where the mask is a BlockMask, else as "sdpa" has it; where bounds of rows are given, row by row."""
     from torch.nn.attention.flex_attention import BlockMask
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if isinstance(mask, BlockMask):
-        return flex_attention_forward(module, query, key, value, mask, **kwargs)
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
     bounds = kwargs.pop("cu_seq_lens_q", None)  # the mask alone is enough: these save what lies between the rows
     if bounds is None or torch.compiler.is_compiling():
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows = []
     for a, b in itertools.pairwise(bounds.tolist()):
         q, k, v = (tensor[:, :, a:b] for tensor in (query, key, value))
-        rows.append(sdpa_attention_forward(module, q, k, v, mask[..., a:b, a:b], **kwargs)[0])
+        rows.append(sdpa_attention_forward(module, q, k, v, attention_mask[..., a:b, a:b], **kwargs)[0])
     return torch.cat(rows, dim=1), None
 
 
