@@ -141,6 +141,20 @@ def test_blocks_that_run_again_in_the_backward(arch):
     close(found, batches.losses_by_definition(plain, x, terms), model, plain)
 
 
+def test_compiled_blocks():
+    """--compile, in one graph for micro-batches of any size; there the mask alone parts the rows."""
+    model, plain = ready("mistral", num_hidden_layers=1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fsdp.in_training(model, functools.partial(torch.compile, dynamic=True, fullgraph=True))
+    for seed, times in ((6, 1), (7, 3)):
+        x, terms = joint(random.Random(seed))
+        x, terms = x * times, {name: (loss, *(rows * times for rows in of)) for name, (loss, *of) in terms.items()}
+        found, expected = batches.losses(model, x, terms), batches.losses_by_definition(plain, x, terms)
+        close(found, expected, model, plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("arch", PACK)
 def test_by_flex_attention(arch, monkeypatch):
     """The path of a GPU, as far as a CPU can follow it: unfused, and without a backward."""
