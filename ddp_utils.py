@@ -87,7 +87,10 @@ class Run:
     def __init__(self, args: argparse.Namespace, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.args, self.model, self.tokenizer, self.out = args, model, tokenizer, Path(args.out)
         self.device = model.device
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.params = [*learnt.values()]
+        # of what a checkpoint holds: with LoRA the adapter alone, the rest stays as --model has it
+        self.names = learnt.keys() if len(learnt) < sum(1 for _ in model.parameters()) else None
         self.phase = self.total = 0  # phases begun, steps done in all of them
         self.watch: Callable[[], dict[str, float]] | None = None  # of --eval-every: measures held-out rows
         self.resume = {"phase": 0, "step": 0}
@@ -271,6 +274,7 @@ class Run:
         barrier()
         # each rank's own pieces: nothing is gathered, and dcp.load cuts them anew for another number of ranks
         model, optimizer = dcp_state.get_state_dict(self.model, self.optimizer)
+        model = self._kept(model)
         problem = ""
         try:
             dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial)
@@ -320,9 +324,14 @@ class Run:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint import state_dict as dcp_state
 
-        model = dcp_state.get_model_state_dict(self.model)  # this rank's pieces, to be read into
+        model = self._kept(dcp_state.get_model_state_dict(self.model))  # this rank's pieces, to be read into
         dcp.load({"model": model}, checkpoint_id=self._from)
-        dcp_state.set_model_state_dict(self.model, model)
+        options = dcp_state.StateDictOptions(strict=self.names is None)
+        dcp_state.set_model_state_dict(self.model, model, options=options)
+
+    def _kept(self, model: dict) -> dict:
+        """What of the model's state dict a checkpoint holds."""
+        return model if self.names is None else {name: model[name] for name in self.names}
 
     def _load_optimizer(self) -> None:
         import torch.distributed.checkpoint as dcp

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -30,9 +31,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core import arrow
+from core import arrow, lora
 from core.fsdp import inference
-from core.kinds import write_folder
+from core.kinds import bases, write_folder
 from core.ranks import RANK, WORLD, barrier, first_line, from_first, print0, wait_for
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ WEIGHTS = (".safetensors", ".bin", ".arrow")  # or rows
 # What else of a model folder decides what a run does, each named apart where it has changed.
 PARTS = {
     "tokenizer and chat template": ("token*", "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges*", "*tokens*.json"),
-    "config and generation settings": ("config.json", "generation_config.json"),
+    "config and generation settings": ("config.json", "generation_config.json", "adapter_config.json"),
 }
 
 
@@ -89,9 +90,14 @@ def given(args: argparse.Namespace) -> dict[str, object]:
             f"the {part} of --model": {file for name in names for file in there["model"].glob(name) if file.is_file()}
             for part, names in PARTS.items()
         }
+    based = bases(flags["model"])[1:] if "model" in paths else []  # of an adapter
+    for base in filter(os.path.isdir, based):
+        named = {file for names in PARTS.values() for name in names for file in Path(base).glob(name)}
+        files[f"what {base} holds"] = named | {file for file in Path(base).iterdir() if file.suffix in WEIGHTS}
     contents = {what: contents_of(some) for what, some in files.items()}
     if "model" in paths and "model" not in there:
         contents["the revision of --model"] = revision(flags["model"])
+    contents |= {f"the revision of {base}": revision(base) for base in based if not os.path.isdir(base)}
     return {"script": Path(sys.argv[0]).name, **flags, **contents}
 
 
@@ -202,7 +208,9 @@ SAVING = ".saving"  # in --out: what is on its way there
 
 
 def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """A Hugging Face folder of float32 weights, written aside and moved in, config.json last. Called by all ranks."""
+    """A Hugging Face folder of float32 weights, written aside and moved in, config.json last. Called by all ranks.
+
+    An adapter is merged into them, and lies beside them in a folder of its own."""
     from torch.distributed.checkpoint import state_dict as dcp_state
 
     # gathered by all ranks together, weight by weight; kept by rank 0 alone, in host memory
@@ -211,10 +219,13 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: 
     if RANK == 0:
         names = {name for named in (model.named_parameters, model.named_buffers) for name, _ in named()}
         state = {name: value for name, value in state.items() if name in names}  # tied weights once
+        adapter = lora.taken_out(model, state)
         partial = out / SAVING
         shutil.rmtree(partial, ignore_errors=True)
         try:
             write_folder(model, tokenizer, state, partial)
+            if adapter:
+                lora.write(model, adapter, partial / "adapter")
         except Exception as error:  # safetensors has errors of its own
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"--out {out}: the model cannot be written ({first_line(error)})") from None

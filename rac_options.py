@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import folders
 import sums
 from batches import Rows, pad_responses, teacher_forced
-from core import arrow
+from core import arrow, lora
 from core.flags import group, number, positive
 from core.fsdp import model_of
 from core.ranks import RANK, all_sum, print0
@@ -191,6 +191,13 @@ def labelled_by_start(
     if (run.out / name).exists():
         return run.offline(name, None, examples)
     drawn = run.offline(f"D_z_{iteration}", None, examples, z=draw)
+    if lora.layers(run.model):  # the model of the start is this one without its adapter
+
+        def by_start(rows: list[dict]) -> list[dict]:
+            with lora.switched_off(run.model) as start:
+                return label(start, rows)
+
+        return folders.offline(run.out / name, by_start, drawn, run.model, run.tokenizer)
     # a second model while it labels, sharded as the first: to set the first one's weights aside would take as much
     start = model_of(run.args, run.tokenizer)
     return folders.offline(run.out / name, lambda rows: label(start, rows), drawn, start, run.tokenizer)

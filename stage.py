@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import evaluate
 import sums
-from core import packed
+from core import lora, packed
 from core.flags import count, data_flags, group, new_parser, number, positive
 from core.fsdp import check_rows, load_tokenizer, model_of
 from core.ranks import WORLD, init, print0
@@ -42,6 +42,7 @@ def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     g.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in the backward")
     g.add_argument("--compile", action="store_true", help="torch.compile each block's training pass")
     g.add_argument("--packed", action="store_true", help="a pass reads its rows as one sequence, x once, no padding")
+    lora.add_flags(p)
     g = group(p, "while training")
     g.add_argument("--checkpoint-every", type=count, default=500, help="steps between checkpoints (0: none)")
     g.add_argument("--eval-every", type=count, default=0, help="steps between looks at held-out rows (0: none)")
@@ -61,6 +62,7 @@ def start(
     max_new_tokens: of what the stage will generate after x, and read after f(x, y); where: how the message on a row
     that does not fit the model begins. Ends the program where the same command has finished before."""
     init()
+    lora.settle(args)
     if not open_out(args):
         raise SystemExit(0)
     tokenizer = load_tokenizer(args.model)

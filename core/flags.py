@@ -1,7 +1,7 @@
 """Command-line flags that several commands share, and the types of their values.
 
-Flags stand in named groups, so that --help reads: the paper's, the model, the data, the machine, while training, beyond
-the paper.
+Flags stand in named groups, so that --help reads: the paper's, the model, the data, the machine, one GPU, while
+training, beyond the paper.
 """
 
 from __future__ import annotations

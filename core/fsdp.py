@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from core import arrow
+from core import arrow, lora
 from core.chat import settle_ends
-from core.kinds import check_kind, named_ends
+from core.kinds import bases, cached, check_kind, named_ends
 from core.ranks import BACKEND, RANK, WORLD, all_sum, first_line, init, print0
 
 if TYPE_CHECKING:
@@ -47,36 +47,43 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(f"--model {path}: no such folder")
     check_kind(path)
     expected = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in expected):
+    *adapters, base = bases(path)
+    if os.path.isdir(base) and not any(os.path.exists(os.path.join(base, name)) for name in expected):
         raise OSError(f"--model {path}: not a model's folder, there is no config.json in it")
+    own = next((folder for folder in adapters if cached(folder, "tokenizer_config.json")), base)  # an adapter may have
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=False)
     except Exception as error:  # a missing or broken tokenizer shows as OSError, ValueError, TypeError or ImportError
         raise OSError(f"--model {path}: no tokenizer could be loaded ({first_line(error)})") from None
-    settle_ends(tokenizer, named_ends(path))
+    settle_ends(tokenizer, named_ends(base))
     return tokenizer
 
 
 def load_model(
     path: str, dtype: str = "float32", *, shard_size: int = 0, lock_step: bool = False,
-    recompute: bool = False, compile: bool = False,
+    recompute: bool = False, compile: bool = False, adapter: lora.Lora | None = None,
 ) -> torch.nn.Module:  # fmt: skip
     """A causal language model on this rank's device, sharded over the ranks where there are several. Raises OSError.
 
     The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments),
     by rank 0 alone: the others never hold a whole model. shard_size, lock_step: see `shard` and `inference`. recompute:
     activation checkpointing of each block; compile: torch.compile of each block; both in training passes only.
+    adapter: of LoRA, to be put in; then the weights are frozen, and kept in `dtype` itself.
     """
     from transformers import AutoModelForCausalLM
 
     device = init()
     if shard_size and WORLD % shard_size:
         raise ValueError(f"--shard {shard_size} does not divide the {WORLD} processes")
-    config, whole = read_weights(path)
+    config, whole = read_weights(path, dtype if adapter else "float32")
     model = whole
-    if WORLD > 1 or dtype != "float32":
+    # In bfloat16 FSDP2 makes the copies to compute with, on one device, too. Frozen weights need none.
+    if WORLD > 1 or (dtype != "float32" and not adapter):
         with torch.device("meta"):  # shapes without memory: `fill` brings the values, once it is known who holds what
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if adapter:
+        notes = [lora.add(some, blocks(some), adapter, getattr(torch, dtype)) for some in {model, whole} - {None}]
+        print0(notes[0])
     # Both wrap a block's forward, so they come before fully_shard: FSDP's gathering must stand outside of them. A block
     # that gathered inside of its recomputation would gather a second time, and in an order that ranks may not share.
     if compile:
@@ -90,29 +97,35 @@ def load_model(
     if model is whole:
         return model.eval().to(device)
     model.lock_step = lock_step
-    return fill(shard(model.eval(), dtype, shard_size), whole)
+    return fill(shard(model.eval(), None if adapter else dtype, shard_size), whole)
 
 
-def read_weights(path: str) -> tuple[object, torch.nn.Module | None]:
-    """The config of a model folder or hub name and, on rank 0, the whole model in float32. Raises OSError."""
+def read_weights(path: str, dtype: str = "float32") -> tuple[object, torch.nn.Module | None]:
+    """The config of a model folder or hub name and, on rank 0, the whole model in float32; in `dtype`, where they will
+    be frozen. The folder of an adapter: its base with the adapter merged, in float32. Raises OSError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_kind(path)
+    *adapters, base = bases(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         if "MaskedLM" in str(config.architectures):
             raise ValueError(f"{config.model_type} is a masked language model; a causal one is needed")
         if RANK:
             return config, None
         how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-        whole, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **how)
+        read = torch.float32 if adapters else getattr(torch, dtype)
+        whole, info = AutoModelForCausalLM.from_pretrained(base, dtype=read, **how)
         wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         if wrong:  # transformers would go on with random ones
             named = f"{', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}"
             raise ValueError(f"{len(wrong)} weights are missing or not of the shape in config.json: {named}")
         if info["unexpected_keys"]:
             first = min(info["unexpected_keys"])
-            print0(f"{len(info['unexpected_keys'])} weights in {path} are not used, first: {first}")
+            print0(f"{len(info['unexpected_keys'])} weights in {base} are not used, first: {first}")
+        for folder, under in reversed([*zip(adapters, [*adapters[1:], base])]):
+            whole = lora.merged(whole, folder)
+            print0(f"--model {path}: an adapter; {folder} is merged into {under}")
         return config, whole
     except Exception as error:
         raise OSError(f"--model {path}: could not be loaded ({first_line(error)})") from None
@@ -123,6 +136,7 @@ def model_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> to
     that have none, where its vocabulary is padded beyond them, are in `model.absent` (see generate.known)."""
     training = {"recompute": "activation_checkpointing", "compile": "compile"}  # flags of the stages alone
     training = {name: getattr(args, flag, False) for name, flag in training.items()}
+    training["adapter"] = lora.of(args)
     model = load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step, **training)
     absent = sorted({*range(model.config.vocab_size)} - {*tokenizer.get_vocab().values()})
     model.absent = torch.tensor(absent, device=model.device) if absent else None
@@ -146,9 +160,10 @@ def in_training(model: torch.nn.Module, wrap: Callable[[Callable], Callable]) ->
         block.forward = functools.partial(forward, plain=block.forward, wrapped=wrap(block.forward))
 
 
-def shard(model: torch.nn.Module, dtype: str = "float32", size: int = 0) -> torch.nn.Module:
+def shard(model: torch.nn.Module, dtype: str | None = "float32", size: int = 0) -> torch.nn.Module:
     """FSDP2: each transformer block a group of weights that is gathered at once, then the root, which takes the rest.
 
+    dtype: what the weights are gathered in, None: in their own (those of an adapter differ from those beside it).
     size: HSDP, replicas of shards of so many ranks (0: one shard over all; 1: whole replicas)."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -160,7 +175,7 @@ def shard(model: torch.nn.Module, dtype: str = "float32", size: int = 0) -> torc
     mesh = dist.init_device_mesh(device, (WORLD // size, size), mesh_dim_names=names)
     options = {
         "mesh": mesh if size < WORLD else mesh["shard"],
-        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(dtype and getattr(torch, dtype), reduce_dtype=torch.float32),
     }
     # From the inside out: what a call finds already sharded it leaves alone. The embeddings and the output matrix stay
     # with the root, since tied ones are one weight: in two groups it would be two, each with half of the gradient.

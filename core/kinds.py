@@ -1,15 +1,18 @@
 """What a model folder is, before its weights are read; and what of it will be written back.
 
     check_kind("your/model")                # one line where it is none that can be trained and decoded here
+    bases("your/adapter")                   # the folders it is made of: [your/adapter, its base]
     named_ends("your/model")                # the ids that its generation settings name as ends
     write_folder(model, tokenizer, state, folder)
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+from core.answers import optional
 from core.chat import ends
 from core.ranks import first_line
 
@@ -23,17 +26,18 @@ def check_kind(path: str) -> None:
     keeps keys and values. What cannot be read at all is left to those who load it. No code of the model's is run."""
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto import configuration_auto, modeling_auto
-    from transformers.utils import cached_file
 
-    try:
-        adapter = cached_file(path, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
-    except Exception:
-        adapter = None
-    if adapter:
-        raise OSError(
-            f"--model {path}: an adapter (adapter_config.json), not a model: merge it into its base first (PEFT's "
-            "merge_and_unload), and save that"
-        )
+    *adapters, base = bases(path)
+    if adapters:
+        try:
+            PreTrainedConfig.get_config_dict(base)
+            check_kind(base)
+        except Exception as error:
+            raise OSError(
+                f"--model {path}: an adapter whose base {base} cannot be had ({first_line(error)}); if it lies "
+                "elsewhere, write that place into adapter_config.json as base_model_name_or_path"
+            ) from None
+        return
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path)
     except Exception:  # no such folder, or half a file
@@ -72,6 +76,34 @@ def check_kind(path: str) -> None:
             f"--model {path}: {what} has layers that keep a state in place of keys and values{layers}; only attention "
             "models can be decoded here"
         )
+
+
+def bases(path: str) -> list[str]:
+    """The folders or hub names that a model is made of: its own alone, or that of an adapter and that of its base,
+    which may be an adapter again. Raises OSError."""
+    found = [path]
+    while config := cached(found[-1], "adapter_config.json"):
+        try:
+            optional("peft", "peft")
+            named = json.loads(Path(config).read_text()).get("base_model_name_or_path")
+            if not isinstance(named, str) or not named.strip():
+                raise ValueError("adapter_config.json names no base: write it there, as base_model_name_or_path")
+            if named in found:
+                raise ValueError("adapter_config.json names the adapter itself as its base (base_model_name_or_path)")
+        except (ValueError, AttributeError) as error:
+            raise OSError(f"--model {path}: an adapter; {first_line(error)}") from None
+        found.append(named)
+    return found
+
+
+def cached(path: str, name: str) -> str | None:
+    """Where a file of a model folder or hub name lies; None where there is none."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except Exception:  # no such folder, or no hub
+        return None
 
 
 def named_ends(path: str) -> list[int]:

@@ -14,7 +14,7 @@ FLOORS = (
     "packed",
     "noise kv_cache arrow ahead cut ranks flags batches rows latex verify verdicts",
     "generate answers chat cache",
-    "kinds data sums",
+    "kinds data sums lora",
     "fsdp",
     "folders",
     "ddp_utils tables preferences toy",

@@ -505,8 +505,8 @@ def adapter(beside: str):
 
 
 ODD = {
-    "an adapter alone": (adapter(""), "an adapter (adapter_config.json), not a model"),
-    "an adapter in its base": (adapter("llama"), "merge it into its base first"),
+    "an adapter without its base": (adapter(""), "an adapter"),  # more of it in test_lora.py, which needs peft
+    "an adapter beside a config": (adapter("llama"), "an adapter"),
     "bits": (config("llama", quantization_config={"quant_method": "bitsandbytes"}), "quantised (bitsandbytes)"),
     "gptq": (config("qwen2", quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq)"),
     "code of its own": (remote, "code of its own (auto_map, own)"),
