@@ -89,7 +89,7 @@ def formula_of_lora(ranks: int, parameters: int, root: int, block: int, adapter:
     share, own = parameters / ranks, adapter / ranks
     one = ranks == 1  # then nothing is gathered
     return {
-        "loading, peak": 2 * parameters + 4 * adapter + (0 if one else 2 * share + 4 * own),
+        "loading, peak": (4 + 2) * parameters,  # the file's pages, float32 here, and what is made of them
         "weights": 2 * share + 4 * own,
         "weights, gradients, moments": 2 * share + 16 * own,
         "training step, peak": 2 * share + 16 * own + (0 if one else 2 * (root + 2 * block)),

@@ -12,13 +12,14 @@ import dpo
 import evaluate
 import folders
 import rac
+import scs
 import sft
 import spin
 import tiny
 from core import ranks
 
 evaluate.CHECKS["toy"] = (tiny.parity, evaluate.same)  # so small a model writes no answers
-STAGES = {"sft": sft, "bash": bash, "rac": rac, "spin": spin, "dpo": dpo, "bon": bon}
+STAGES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac, "spin": spin, "dpo": dpo, "bon": bon}
 UPDATE = ddp_utils.Run.update
 
 
