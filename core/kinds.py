@@ -161,5 +161,10 @@ def write_folder(model, tokenizer, state: dict, folder: Path) -> str:
     transformers does where it cannot be written."""
     note = settle_generation(model, tokenizer)
     model.save_pretrained(folder, state_dict=state)
+    kinds = {str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()}
+    if len(kinds) == 1 and f"torch.{min(kinds)}" != str(model.dtype):  # which is that of frozen weights, say
+        file = folder / "config.json"
+        config = json.loads(file.read_text()) | {"dtype": min(kinds)}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
     return note

@@ -328,6 +328,7 @@ def test_two_ranks_equal_one(base, two, tmp_path, monkeypatch, name):
     assert largest_difference(one, other) < (2e-3 if name == "bfloat16" else 1e-4)
     if name == "bfloat16":  # frozen: bitwise the base's, as bfloat16 has them
         rounded = {name: w.bfloat16().float() for name, w in weights(start).items() if "proj" not in name}
+        assert all(json.loads((f / "config.json").read_text())["dtype"] == "float32" for f in (one, other))
         assert rounded and all(
             torch.equal(w, weights(folder)[n]) for folder in (one, other) for n, w in rounded.items()
         )
