@@ -6,7 +6,8 @@ Each option is kept for a reader who would miss it, or for a result that rests o
   self-distillation with the reference answer as privileged context, which those who come from distillation look for.
 - --kl reverse: theirs, too; see `rac_soft_loss`. On the toy task it halves what RAC loses in sampling.
 - --labels-from start: label with the weights of --model, which this run has not worn yet. z is still the current ones'
-  (OUT/D_z_2, ...). It answers whether training spoils the labels; on the toy task it does not matter.
+  (OUT/D_z_2, ...). It answers whether training spoils the labels; on the toy task it does not matter. It takes a second
+  model while it labels, but not with --lora-rank: there the adapter is switched off.
 - --first-correction-only: of each z learn the first correction alone: the study's test of what later ones teach.
 - --plausible P: keep a correction only where the labelling model, not shown the reference, gives it at least P. What y
   says next is often no answer to a z that has gone elsewhere; the model can only learn from it to doubt its own words.
