@@ -74,10 +74,23 @@ class Step:
     lr: float
     number: int  # within the phase, from 1
     last: bool  # of the phase
+    pause: bool  # that, or new rows are made behind it: a checkpoint is due
 
     def tokens(self, column: str) -> int:
         """Tokens of a column in the global batch: what the sums of all ranks and micro-batches are divided by."""
         return int(self.lengths[column].sum())
+
+
+@dataclasses.dataclass
+class Refresh:
+    """Rows of a phase that the current model makes anew every so many steps, under one optimiser and one schedule.
+
+    make(some, k) is the k-th D, of those of `rows` that the next `every` steps read, in the order of `rows`: so all of
+    them together cost no more than one D of all rows does for each epoch."""
+
+    rows: Dataset  # (x, y)
+    every: int
+    make: Callable[[Dataset, int], Dataset]
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -91,6 +104,7 @@ class Run:
         self.phase = self.total = 0  # phases begun, steps done in all of them
         self.watch: Callable[[], dict[str, float]] | None = None  # of --eval-every: measures held-out rows
         self.resume = {"phase": 0, "step": 0}
+        self._place = (0, 0)  # phase and step that the weights have reached where rows are made
         self.stopped = self._signal = self._stepping = False
         self._step: Step | None = None
         self._log = open(self.out / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
@@ -104,41 +118,68 @@ class Run:
         if not self._stepping:
             raise SystemExit("stopped; the same command goes on from there" if RANK == 0 else 1)
 
-    def steps(self, rows: Dataset, epochs: float, spread: Callable[[dict], list[dict]] | None = None) -> Iterator[Step]:
+    def steps(
+        self, rows: Dataset | Refresh, epochs: float, spread: Callable[[dict], list[dict]] | None = None
+    ) -> Iterator[Step]:
         """The steps of one phase over `rows`; each is to end with `update`. spread: the rows that a step reads for one.
 
-        A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row.
+        A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row. Rows that
+        are a `Refresh` change within the phase; which of them a step reads is the same as without.
         """
         args, phase = self.args, self.phase
         self.phase += 1
-        steps = math.ceil(epochs * math.ceil(len(rows) / args.batch_size))
+        fresh = rows if isinstance(rows, Refresh) else None
+        n = len(fresh.rows if fresh else rows)
+        steps = math.ceil(epochs * math.ceil(n / args.batch_size))
         steps = min(steps, args.max_steps) if args.max_steps else steps
+        self._place = (self.phase, 0)
         if phase < self.resume["phase"] or not steps:  # done before the interruption, or nothing to do
             return
         self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, weight_decay=0.0, fused=True)
         first = self.resume["step"] if phase == self.resume["phase"] else 0
         if first:
             self._load_optimizer()
-        self._stepping, rows = True, arrow.Rows(rows)
-        tokens = rows.tokens()
+
+        def picked(k: int) -> np.ndarray:
+            return np.array(batch_rows(n, k, args.batch_size, fold_in(args.seed, phase)))
+
         title = f"{Path(sys.argv[0]).stem} {self.phase}"
         with tqdm(total=steps, initial=first, desc=title, disable=RANK != 0) as self._bar:
             for k in range(first, steps):
+                if k == first or fresh and k % fresh.every == 0:
+                    read = np.arange(n)  # row i of the phase is row read.searchsorted(i) of `rows`
+                    if fresh:
+                        begins = k - k % fresh.every  # the step before which they are made
+                        self._place, ends = (phase, begins), min(begins + fresh.every, steps)
+                        read = np.unique(np.concatenate([picked(j) for j in range(begins, ends)]))
+                        rows = self._fresh(fresh, read, begins // fresh.every + 1)
+                    self._stepping, rows = True, arrow.Rows(rows)
+                    tokens = rows.tokens()
                 self._started = time.time()
-                picked = np.array(batch_rows(len(rows), k, args.batch_size, fold_in(args.seed, phase)))
-                batch, ids, lengths = self._batch(rows, tokens, picked, spread)
+                batch, ids, lengths = self._batch(rows, tokens, read.searchsorted(picked(k)), spread)
                 lr = learning_rate(k, steps, args.lr, args.warmup)
-                mine = self._micro_batches(batch)
-                self._step = Step(batch, ids, lengths, mine, lr, k + 1, last=k + 1 == steps)
+                mine, last = self._micro_batches(batch), k + 1 == steps
+                pause = last or bool(fresh) and (k + 1) % fresh.every == 0
+                self._step = Step(batch, ids, lengths, mine, lr, k + 1, last, pause)
                 self._left, self._terms = len(self._step.micro_batches), {}
                 yield self._step
                 if self._step:
                     raise RuntimeError("the loop over run.steps() must end with run.update()")
                 if self.stopped:
                     break
-        self._stepping = False
+        self._stepping, self._place = False, (self.phase, 0)
         if self.stopped:
             raise SystemExit(f"stopped after step {k + 1}; the same command goes on from there" if RANK == 0 else 1)
+
+    def _fresh(self, fresh: Refresh, read: np.ndarray, number: int) -> Dataset:
+        """The D of that number of a `Refresh`. A signal meanwhile ends the run at once: a checkpoint is there."""
+        self._stepping = False
+        if self._signal:
+            self._stop()
+        made = fresh.make(fresh.rows if len(read) == len(fresh.rows) else fresh.rows.select(read.tolist()), number)
+        if len(made) != len(read):
+            raise RuntimeError(f"a D of {len(made)} rows was made of {len(read)}")
+        return made
 
     @staticmethod
     def _batch(
@@ -203,7 +244,7 @@ class Run:
         shown |= {name: f"{value:.3f}" for name, value in held.items()}
         self._bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:.0f}"})
         self._bar.update()
-        due = args.checkpoint_every and (step.last or step.number % args.checkpoint_every == 0)
+        due = args.checkpoint_every and (step.pause or step.number % args.checkpoint_every == 0)
         if self.stopped or due:
             after = {"phase": self.phase, "step": 0} if step.last else {"phase": self.phase - 1, "step": step.number}
             self._save_checkpoint(after)
@@ -241,7 +282,7 @@ class Run:
         folders.offline.
 
         Raises ValueError where it is gone, and the weights that made it have moved on."""
-        begun = (self.phase, 0) < (self.resume["phase"], self.resume["step"])
+        begun = self._place < (self.resume["phase"], self.resume["step"])
         if begun and not (self.out / name).exists():
             raise ValueError(f"{self.out / name} is gone, and cannot be made again by weights that have moved on")
         return folders.offline(self.out / name, make, rows, self.model, self.tokenizer, **column)

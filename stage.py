@@ -48,6 +48,20 @@ def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     return p
 
 
+def refresh_flag(p: argparse.ArgumentParser) -> None:
+    """--refresh-every, of the stages whose data the model makes: see ddp_utils.Refresh."""
+    g = group(p, "beyond the paper")
+    g.add_argument("--refresh-every", type=count, default=0, help="steps between one D and a new one (0: never)")
+
+
+def check_refresh(args: argparse.Namespace) -> None:
+    """Raises ValueError where --refresh-every is given beside what it takes the place of."""
+    if args.refresh_every and args.iterations != 1:
+        raise ValueError("--refresh-every makes new data in one schedule, --iterations begins it again: choose")
+    if args.refresh_every and args.pairs is not None:
+        raise ValueError("--refresh-every makes its data itself, --pairs brings them: choose")
+
+
 def start(
     args: argparse.Namespace,
     load_examples: Callable[[argparse.Namespace, object], tuple[Dataset, list[str]]],
