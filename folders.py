@@ -78,7 +78,7 @@ PARTS = {
 def given(args: argparse.Namespace) -> dict[str, object]:
     """What a command was given: its script, its flags, and for the files and folders among them what they hold."""
     flags = {key: value for key, value in vars(args).items() if key not in FREE}
-    paths = {key: Path(flags[key]) for key in ("model", "data", "pairs", "score") if flags.get(key)}
+    paths = {key: Path(flags[key]) for key in ("model", "data", "pairs", "z", "score") if flags.get(key)}
     there = {key: path for key, path in paths.items() if path.is_file() or path.is_dir()}  # no pipe, no hub name
     files = {
         f"what --{key} holds": [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in WEIGHTS]

@@ -39,6 +39,7 @@ import generate
 import rac_options
 import stage
 from batches import losses, teacher_forced
+from core import engine_z
 from core.chat import ends
 from core.flags import count, group, number, positive
 from core.ranks import cli, fold_in
@@ -83,6 +84,8 @@ def to_last_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[
 def draw_z(run: Run, iteration: int, rows: dict[str, Sequence], each: Callable[[int, list], None]) -> list:
     """Answers z ~ p(.|x) of the current model (Algorithm 2, line 9), for `run.offline`: each(i, z) of the i-th row."""
     args = run.args
+    if args.z and iteration == 1:
+        return engine_z.draw(args, run.tokenizer, rows, each)
     drawn = generate.generate(
         run.model,
         rows["x"],
@@ -133,6 +136,7 @@ def main() -> None:
     paper.add_argument("--temperature", type=number(0), default=1.0, help="of the draw of z")
     paper.add_argument("--unmasked", action="store_true", help="Eq. 6 instead of Eq. 7")
     group(p, "data").add_argument("--max-reference", type=count, default=0, help="tokens of f(x, y) (0: x + y + 128)")
+    engine_z.add_flag(p)
     group(p, "data").add_argument("--pairs", help="a D_r to use in the first iteration instead of making one")
     stage.refresh_flag(p)
     machine.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
@@ -142,7 +146,7 @@ def main() -> None:
     rac_options.check_flags(args)
     stage.check_refresh(args)
     max_response = args.max_response or data.TASKS[args.task].max_response
-    run, examples, pairs = stage.start_with_pairs(args, data.load, ("z", "z_bar"), max_response)
+    run, examples, pairs = stage.start_with_pairs(args, engine_z.loading(args, data.load), ("z", "z_bar"), max_response)
     rac_options.check_labels(run, pairs)
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 

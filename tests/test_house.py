@@ -16,7 +16,7 @@ FLOORS = (
     "kinds data sums",
     "fsdp",
     "folders",
-    "ddp_utils tables preferences toy",
+    "ddp_utils tables preferences toy engine_z",
     "evaluate corrections plots",
     "stage rac_options bon_options",
     "sft dpo show judge controls room smollm2",
