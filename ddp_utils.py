@@ -46,12 +46,28 @@ if TYPE_CHECKING:
 
 
 # ---------------------------------------------------------------------------------------------- what a step is
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the share `warmup` of the steps, then cosine to 0 (Table 5). step counts from 0."""
+def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str = "cosine") -> float:
+    """Linear warm-up over the share `warmup` of the steps, then cosine to 0 (Table 5), or linear to 0, or constant.
+    step counts from 0."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return peak * (steps - step) / max(1, steps - warm) if schedule == "linear" else peak
+
+
+def adamw(params: list[torch.nn.Parameter], args: argparse.Namespace) -> torch.optim.AdamW:
+    """The optimiser of a phase. Weight decay is of matrices, embeddings included, and not of norms and biases."""
+    groups: list = params
+    if args.weight_decay:
+        groups = [{"params": [p for p in params if p.ndim >= 2]}]
+        groups.append({"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0})
+        groups = [group for group in groups if group["params"]]
+    betas = tuple(args.adam_betas)
+    return torch.optim.AdamW(
+        groups, lr=args.lr, betas=betas, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
+    )
 
 
 def batch_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
@@ -135,7 +151,7 @@ class Run:
         self._place = (self.phase, 0)
         if phase < self.resume["phase"] or not steps:  # done before the interruption, or nothing to do
             return
-        self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, weight_decay=0.0, fused=True)
+        self.optimizer = adamw(self.params, args)
         first = self.resume["step"] if phase == self.resume["phase"] else 0
         if first:
             self._load_optimizer()
@@ -157,7 +173,7 @@ class Run:
                     tokens = rows.tokens()
                 self._started = time.time()
                 batch, ids, lengths = self._batch(rows, tokens, read.searchsorted(picked(k)), spread)
-                lr = learning_rate(k, steps, args.lr, args.warmup)
+                lr = learning_rate(k, steps, args.lr, args.warmup, args.lr_schedule)
                 mine, last = self._micro_batches(batch), k + 1 == steps
                 pause = last or bool(fresh) and (k + 1) % fresh.every == 0
                 self._step = Step(batch, ids, lengths, mine, lr, k + 1, last, pause)
@@ -289,7 +305,7 @@ class Run:
 
     def finish(self) -> None:
         """Saves a Hugging Face folder and removes the checkpoints. config.json, moved in last, marks the end."""
-        folders.save_model(self.model, self.tokenizer, self.out)
+        folders.save_model(self.model, self.tokenizer, self.out, self.args.save_dtype)
         barrier()
         if RANK == 0:
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)

@@ -64,7 +64,8 @@ def checksum(path: Path) -> int:
 # ---------------------------------------------------------------------------------------------- whose run it is
 # Flags that change no result, but for rounding: the same run may go on with others.
 FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size", "shard", "lock_step", "compile",
-        "activation_checkpointing", "share_prompt", "eval_every", "eval_data", "eval_rows")  # fmt: skip
+        "activation_checkpointing", "share_prompt", "eval_every", "eval_data", "eval_rows",
+        "attn_implementation")  # fmt: skip
 
 
 WEIGHTS = (".safetensors", ".bin", ".arrow")  # or rows
@@ -201,8 +202,9 @@ def claim_file(args: argparse.Namespace) -> tuple[Path, Callable[[], None]]:
 SAVING = ".saving"  # in --out: what is on its way there
 
 
-def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """A Hugging Face folder of float32 weights, written aside and moved in, config.json last. Called by all ranks."""
+def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: str = "float32") -> None:
+    """A Hugging Face folder of float32 weights (or rounded to bfloat16), written aside and moved in, config.json last.
+    Called by all ranks."""
     from torch.distributed.checkpoint import state_dict as dcp_state
 
     # gathered by all ranks together, weight by weight; kept by rank 0 alone, in host memory
@@ -211,10 +213,16 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: 
     if RANK == 0:
         names = {name for named in (model.named_parameters, model.named_buffers) for name, _ in named()}
         state = {name: value for name, value in state.items() if name in names}  # tied weights once
+        if dtype != "float32":
+            kind = getattr(torch, dtype)
+            state = {name: value.to(kind) if value.is_floating_point() else value for name, value in state.items()}
         partial = out / SAVING
         shutil.rmtree(partial, ignore_errors=True)
         try:
             write_folder(model, tokenizer, state, partial)
+            if dtype != "float32":  # transformers has written the model's own
+                config = json.loads((partial / "config.json").read_text())
+                write_json(partial / "config.json", config | {"dtype": dtype})
         except Exception as error:  # safetensors has errors of its own
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"--out {out}: the model cannot be written ({first_line(error)})") from None

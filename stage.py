@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import evaluate
 import sums
-from core.flags import count, data_flags, group, new_parser, number, positive
+from core.flags import below_one, count, data_flags, group, new_parser, number, positive
 from core.fsdp import check_rows, load_tokenizer, model_of
 from core.ranks import WORLD, init, print0
 from data import TASKS, Dataset
@@ -24,11 +24,12 @@ from folders import check_saves, open_out, read_pairs
 def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     """The flags that every stage takes. doc: the stage's docstring. task: the default of --task, if any."""
     p = new_parser(doc)
-    for title in ("model", "the paper's", "data"):  # in this order in --help
+    for title in ("model", "the paper's", "data", "machine", "while training"):  # in this order in --help
         group(p, title)
     data_flags(p, sorted(TASKS), task)
     g = group(p, "model")
     g.add_argument("--out", required=True, help="folder for the model, log.jsonl and args.json")
+    g.add_argument("--save-dtype", choices=["float32", "bfloat16"], default="float32", help="of the saved weights")
     g = group(p, "the paper's")
     g.add_argument("--batch-size", type=positive, default=512, help="rows in the global batch (Table 5)")
     g.add_argument("--lr", type=number(0), default=5e-6, help="peak learning rate (Table 5)")
@@ -36,6 +37,11 @@ def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     g.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm")
     g.add_argument("--max-steps", type=count, default=0, help="at most so many steps in each phase (0: no limit)")
     g.add_argument("--seed", type=count, default=0)
+    g = group(p, "beyond the paper")
+    g.add_argument("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
+    g.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's, of matrices (not of norms and biases)")
+    g.add_argument("--adam-betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar="BETA", help="AdamW's")
+    g.add_argument("--adam-eps", type=number(0), default=1e-8, help="AdamW's")
     g = group(p, "machine")
     g.add_argument("--micro-batch-size", type=positive, default=8, help="rows in one pass of one rank")
     g.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in the backward")

@@ -59,24 +59,26 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_model(
     path: str, dtype: str = "float32", *, shard_size: int = 0, lock_step: bool = False,
-    recompute: bool = False, compile: bool = False,
+    recompute: bool = False, compile: bool = False, attention: str | None = None,
 ) -> torch.nn.Module:  # fmt: skip
     """A causal language model on this rank's device, sharded over the ranks where there are several. Raises OSError.
 
     The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments),
     by rank 0 alone: the others never hold a whole model. shard_size, lock_step: see `shard` and `inference`. recompute:
     activation checkpointing of each block; compile: torch.compile of each block; both in training passes only.
+    attention: transformers' attn_implementation (None: its choice).
     """
     from transformers import AutoModelForCausalLM
 
     device = init()
     if shard_size and WORLD % shard_size:
         raise ValueError(f"--shard {shard_size} does not divide the {WORLD} processes")
-    config, whole = read_weights(path)
+    chosen = {"attn_implementation": attention} if attention else {}
+    config, whole = read_weights(path, **chosen)
     model = whole
     if WORLD > 1 or dtype != "float32":
         with torch.device("meta"):  # shapes without memory: `fill` brings the values, once it is known who holds what
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
     # Both wrap a block's forward, so they come before fully_shard: FSDP's gathering must stand outside of them. A block
     # that gathered inside of its recomputation would gather a second time, and in an order that ranks may not share.
     if compile:
@@ -93,7 +95,7 @@ def load_model(
     return fill(shard(model.eval(), dtype, shard_size), whole)
 
 
-def read_weights(path: str) -> tuple[object, torch.nn.Module | None]:
+def read_weights(path: str, **chosen: str) -> tuple[object, torch.nn.Module | None]:
     """The config of a model folder or hub name and, on rank 0, the whole model in float32. Raises OSError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,7 +107,7 @@ def read_weights(path: str) -> tuple[object, torch.nn.Module | None]:
         if RANK:
             return config, None
         how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-        whole, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **how)
+        whole, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **how, **chosen)
         wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         if wrong:  # transformers would go on with random ones
             named = f"{', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}"
@@ -123,6 +125,9 @@ def model_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> to
     that have none, where its vocabulary is padded beyond them, are in `model.absent` (see generate.known)."""
     training = {"recompute": "activation_checkpointing", "compile": "compile"}  # flags of the stages alone
     training = {name: getattr(args, flag, False) for name, flag in training.items()}
+    training["attention"] = attention = getattr(args, "attn_implementation", None)
+    if attention and "flash" in attention and args.dtype == "float32":
+        raise ValueError(f"--attn-implementation {attention} computes in 16 bits: give --dtype bfloat16 with it")
     model = load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step, **training)
     absent = sorted({*range(model.config.vocab_size)} - {*tokenizer.get_vocab().values()})
     model.absent = torch.tensor(absent, device=model.device) if absent else None
