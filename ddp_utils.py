@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import folders
 from batches import length
-from core import arrow
+from core import arrow, track
 from core.ranks import RANK, WORLD, all_sum, barrier, first_line, fold_in, print0
 
 if TYPE_CHECKING:
@@ -119,12 +119,17 @@ class Run:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.phase = self.total = 0  # phases begun, steps done in all of them
         self.watch: Callable[[], dict[str, float]] | None = None  # of --eval-every: measures held-out rows
+        self.samples: Callable[[], list[dict[str, str]]] | None = None  # ... and shows what is said to some of them
+        self.label: Callable | None = None  # rac.rac_labels, where the stage has labels: of these samples
         self.resume = {"phase": 0, "step": 0}
         self._place = (0, 0)  # phase and step that the weights have reached where rows are made
         self.stopped = self._signal = self._stepping = False
         self._step: Step | None = None
         self._log = open(self.out / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
         self._load_checkpoint()
+        self._track = self._untrack = None
+        if args.track and RANK == 0:
+            self._track, self._untrack = track.tracker(args.track, self.out, vars(args), self.total)
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self._stop)
 
@@ -254,8 +259,12 @@ class Run:
         record |= {"tokens": tokens, "seconds": round(seconds, 4), **also}
         look = self.watch and (step.last or step.number % args.eval_every == 0)
         held = self.watch() if look else {}
+        said = {"samples": self.samples()} if look and self.samples else {}
         self.total += 1
-        self._write_log({"phase": self.phase, "step": step.number, **record, **held})
+        record |= held
+        self._write_log({"phase": self.phase, "step": step.number, **record, **said})
+        if self._track:
+            self._track(self.total, {"phase": self.phase, **record, **said})
         shown = {name: f"{record[name]:.3f}" for name in ("loss", *terms)}
         shown |= {name: f"{value:.3f}" for name, value in held.items()}
         self._bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:.0f}"})
@@ -309,6 +318,8 @@ class Run:
         barrier()
         if RANK == 0:
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        if self._untrack:
+            self._untrack()
         print0(f"saved {self.out}")
 
     # ------------------------------------------------------------------------------------------ checkpoints

@@ -65,7 +65,7 @@ def checksum(path: Path) -> int:
 # Flags that change no result, but for rounding: the same run may go on with others.
 FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size", "shard", "lock_step", "compile",
         "activation_checkpointing", "share_prompt", "eval_every", "eval_data", "eval_rows",
-        "attn_implementation")  # fmt: skip
+        "attn_implementation", "eval_samples", "track")  # fmt: skip
 
 
 WEIGHTS = (".safetensors", ".bin", ".arrow")  # or rows

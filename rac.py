@@ -148,6 +148,7 @@ def main() -> None:
     max_response = args.max_response or data.TASKS[args.task].max_response
     run, examples, pairs = stage.start_with_pairs(args, engine_z.loading(args, data.load), ("z", "z_bar"), max_response)
     rac_options.check_labels(run, pairs)
+    run.label = rac_labels  # of the samples in the log
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
     cut = rac_options.to_first_correction if args.first_correction_only else to_last_correction

@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 import evaluate
 import sums
+from core import track
 from core.flags import below_one, count, data_flags, group, new_parser, number, positive
 from core.fsdp import check_rows, load_tokenizer, model_of
 from core.ranks import WORLD, init, print0
+from core.samples import sampler
 from data import TASKS, Dataset
 from ddp_utils import Run
 from folders import check_saves, open_out, read_pairs
@@ -51,6 +53,8 @@ def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     g.add_argument("--eval-every", type=count, default=0, help="steps between looks at held-out rows (0: none)")
     g.add_argument("--eval-data", help="those rows: a file as for --data (default: the hub set's test split)")
     g.add_argument("--eval-rows", type=positive, default=64, help="how many of them")
+    g.add_argument("--eval-samples", type=count, default=2, help="of so many of them the log has the answer as text")
+    g.add_argument("--track", choices=["wandb", "tensorboard", "trackio"], help="also send there what log.jsonl has")
     return p
 
 
@@ -79,6 +83,7 @@ def start(
     max_new_tokens: of what the stage will generate after x, and read after f(x, y); where: how the message on a row
     that does not fit the model begins. Ends the program where the same command has finished before."""
     init()
+    track.check(args.track)
     if not open_out(args):
         raise SystemExit(0)
     tokenizer = load_tokenizer(args.model)
@@ -98,6 +103,7 @@ def start(
     run = Run(args, model, tokenizer)
     if args.eval_every:
         run.watch = evaluate.watch(run)
+        run.samples = sampler(run) if args.eval_samples else None
     return run, examples
 
 
