@@ -8,12 +8,14 @@ Each iteration writes D_s to OUT/D_s_1, OUT/D_s_2, ... (a `datasets` folder: id,
 Departures from the paper
 - Algorithm 1 steps along -grad J of a log-likelihood; that sign is a slip: we minimise -J. Token means, as in sft.py.
 - The paper does not say at what temperature z is drawn; --temperature is 1, the model's own distribution of Eq. 4.
-- Each iteration has its own AdamW and schedule, so that --iterations 2 is two runs in a row.
+- Each iteration has its own AdamW and schedule, so that --iterations 2 is two runs in a row. With --refresh-every
+  STEPS, in place of iterations, there is one of each, and the current model makes a new D_s every so many steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ from core import arrow
 from core.flags import count, group, number, positive
 from core.ranks import cli, fold_in, print0
 from data import Dataset
-from ddp_utils import Run
+from ddp_utils import Refresh, Run
 from sft import sft_loss, sft_phase
 
 
@@ -52,6 +54,14 @@ def make_d_s(run: Run, examples: Dataset, iteration: int) -> Dataset:
     d_s = run.offline(f"D_s_{iteration}", None, examples, y_hat=draw)
     if stats["forwards"]:
         print0(f"D_s_{iteration}: drawn in {stats['forwards']} forwards of one process")
+    return report(d_s, iteration)
+
+
+def report(d_s: Dataset, iteration: int) -> Dataset:
+    """The D_s itself. Says how much of y_hat is not y."""
+    y, y_hat = (arrow.Rows(d_s).columns[name] for name in ("y", "y_hat"))
+    differ = arrow.differing(y, y_hat).sum() / y.lengths.sum()
+    print0(f"D_s_{iteration}: {differ:.2%} of the tokens of y_hat differ from y")
     return d_s
 
 
@@ -65,18 +75,20 @@ def main() -> None:
     paper.add_argument("--beta", type=number(0, 1), default=0.2, help="share of the model's own tokens in y_hat")
     paper.add_argument("--temperature", type=number(0), default=1.0, help="of the draw of y_hat")
     group(p, "data").add_argument("--pairs", help="a D_s to use in the first iteration instead of making one")
+    stage.refresh_flag(p)
     machine.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
     machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
     args = p.parse_args()
+    stage.check_refresh(args)
     run, examples, pairs = stage.start_with_pairs(args, data.load, ("y", "y_hat"))
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
     weight = {"bash": 1.0, "sft": args.sft_weight}
     for iteration in range(1, args.iterations + 1):  # line 7
-        d_s = pairs if pairs and iteration == 1 else make_d_s(run, examples, iteration)  # line 8
-        y, y_hat = (arrow.Rows(d_s).columns[name] for name in ("y", "y_hat"))
-        differ = arrow.differing(y, y_hat).sum() / y.lengths.sum()
-        print0(f"D_s_{iteration}: {differ:.2%} of the tokens of y_hat differ from y")
+        if args.refresh_every:
+            d_s = Refresh(examples, args.refresh_every, partial(make_d_s, run))  # line 8 again and again
+        else:
+            d_s = report(pairs, 1) if pairs and iteration == 1 else make_d_s(run, examples, iteration)  # line 8
         for step in run.steps(d_s, args.epochs):  # lines 9-10
             n = step.tokens("y")  # of the global batch
             for rows in step.micro_batches:  # this rank's share

@@ -51,6 +51,7 @@ import data
 import generate
 import stage
 from batches import losses
+from core import engine_z
 from core.chat import ends, response_text
 from core.flags import count, group, number, positive
 from core.ranks import cli, fold_in
@@ -112,6 +113,8 @@ def make_d_bon(run: Run, examples: Dataset, iteration: int, best_of: int, refere
     find, equal = CHECKS[args.task]
 
     def draw(rows: dict[str, Sequence], each: Callable[[int, list], None]) -> list:
+        if args.z and iteration == 1:
+            return engine_z.draw(args, run.tokenizer, rows, each)
         return generate.generate(
             run.model, rows["x"], ids=rows["id"], n=args.n, each=each,
             max_new_tokens=args.max_response or data.TASKS[args.task].max_response,
@@ -179,6 +182,7 @@ def main() -> None:
     paper.add_argument("--sft-weight", type=number(0), default=1.0, help="of J_SFT beside J")
     paper.add_argument("--temperature", type=number(0), default=1.0, help="of the draw of z")
     paper.add_argument("--dco", action="store_true", help="DCO on y instead: no samples")
+    engine_z.add_flag(p)
     group(p, "data").add_argument("--pairs", help="a D_bon to use in the first iteration instead of making one")
     machine.add_argument("--share-prompt", action="store_true", help="y and z read x once (4-D attention mask)")
     machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
@@ -195,7 +199,8 @@ def main() -> None:
     references = bon_options.references(args)
     max_response = args.max_response or data.TASKS[args.task].max_response
     read = bon_options.reader(args, partial(weights, args, best_of), best_of)
-    run, examples, pairs = stage.start_with_pairs(args, data.load, ("y", "y"), max_response, read)
+    load = engine_z.loading(args, data.load)
+    run, examples, pairs = stage.start_with_pairs(args, load, ("y", "y"), max_response, read)
     sft_phase(run, examples, args.sft_epochs)
     weight = {"bon": 1.0, "sft": args.sft_weight}
     for iteration in range(1, args.iterations + 1):

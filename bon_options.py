@@ -52,8 +52,8 @@ def add_flags(p: argparse.ArgumentParser) -> None:
 def check_flags(args: argparse.Namespace, best_of: int) -> None:
     """Raises ValueError where flags contradict each other."""
     if args.dco:
-        if args.pairs or args.score or args.iterations != 1 or args.weights != "unbiased":
-            raise ValueError("--dco draws nothing: it takes no --pairs, --score, --weights or --iterations")
+        if args.pairs or args.z or args.score or args.iterations != 1 or args.weights != "unbiased":
+            raise ValueError("--dco draws nothing: it takes no --pairs, --z, --score, --weights or --iterations")
         return
     if args.score and not args.pairs:
         raise ValueError("--score is for samples that are there: draw them with --epochs 0, then give --pairs")

@@ -21,12 +21,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from core.ahead import Ahead
 from core.cache import Said, hash_of_functions, hash_of_source, hash_of_tokenizer, tokenised
 from core.chat import MARK, Remarks, as_turns, chat, ends, shield, token_ids, without_opening
 from core.cut import cut
+from core.reference import fill
 from core.rows import named, numbered, optional_texts, pairs, source_rows
 
 if TYPE_CHECKING:
@@ -75,6 +77,16 @@ def qa_f(row: dict, tokenizer, limit: int) -> str:
     *before, last = as_turns(row["prompt"])
     user = f"{last['content']}\nAnswer this question based on the following reference response: {row['response']}"
     return chat(tokenizer, [*before, *as_turns(user)], RAC_SYSTEM)
+
+
+def own_f(template: dict[str, str], task: str, row: dict, tokenizer, limit: int) -> str:
+    """f(x, y) by --reference-template, in the place of the task's own: through the chat template where that one is."""
+    if TASKS[task].f is qa_f:
+        *before, last = as_turns(row["prompt"])
+        system, user = (fill(template[part], last["content"], row["response"]) for part in ("system", "user"))
+        return chat(tokenizer, [*before, *as_turns(user)], system)
+    x = tldr_x(row, tokenizer, limit).removesuffix("\n\nTL;DR:") if TASKS[task].f is tldr_f else row["prompt"]
+    return fill(template["user"], x, row["response"].strip())
 
 
 TLDR_HEAD = {"subreddit": "r/", "title": ""}  # the optional lines above the post, and what stands before their value
@@ -203,12 +215,14 @@ def examples(
     max_response: int = 0,
     max_reference: int = 0,
     need_response: bool = True,
+    reference_template: dict[str, str] | None = None,
 ) -> tuple[Dataset, list[str]]:
     """Tokenised examples, and notes on what was cut or left out, for the caller to print.
 
     Returns a data set with columns id, x, y (it ends as chat.ends says unless cut), and, with max_reference > 0, f (the
-    labelling prompt f(x, y)). limit keeps the first rows; a limit of 0 means the task's own. need_response=False takes
-    rows with none, too (y is its end alone then). The examples are made once, and kept (`core.cache`).
+    labelling prompt f(x, y), by the task's template or by reference_template, {"system", "user"}). limit keeps the
+    first rows; a limit of 0 means the task's own. need_response=False takes rows with none, too (y is its end alone
+    then). The examples are made once, and kept (`core.cache`).
     Raises ValueError.
     """
     spec = TASKS[task]
@@ -216,6 +230,7 @@ def examples(
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token: a model could not learn to stop; set tokenizer.eos_token")
     rows, source = opened(task, data, split)
+    f_of = partial(own_f, reference_template, task) if reference_template else spec.f
     whys = {"x": f"x over {max_prompt} tokens (--max-prompt)"}
     whys["f"] = f"f(x, y) over {max_reference} tokens (--max-reference)"
 
@@ -228,7 +243,7 @@ def examples(
             remarks.answered(row, *text)
         found, references = tokenizer.each(lambda text: encode(tokenizer, *text), texts), [[]] * len(some)
         if max_reference:
-            texts = tokenizer.each(lambda row: spec.f(row, tokenizer, max_prompt), some)
+            texts = tokenizer.each(lambda row: f_of(row, tokenizer, max_prompt), some)
             references = tokenizer.each(lambda text: tokenize(tokenizer, text), texts)
         kept = []
         for row, (x, y), f in zip(some, found, references):
@@ -242,6 +257,7 @@ def examples(
         return kept
 
     flags = (columns, limit, need_response, max_prompt, max_response, max_reference)
+    flags += (reference_template,) if reference_template else ()
     code = hash_of_functions(convert, pairs, chat, cut, spec.x, spec.f)
     of_task = (task, spec.prompt, spec.response, spec.before_response)
     key = (code, *of_task, *flags, hash_of_source(rows, source), hash_of_tokenizer(tokenizer), ends(tokenizer))
@@ -258,7 +274,7 @@ def load(
     args: argparse.Namespace, tokenizer, split: str = "train", need_response: bool = True
 ) -> tuple[Dataset, list[str]]:
     """`examples` with the flags of a command line."""
-    names = ("data", "columns", "limit", "max_prompt", "max_response", "max_reference")
+    names = ("data", "columns", "limit", "max_prompt", "max_response", "max_reference", "reference_template")
     chosen = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if chosen.get("max_reference") == 0:
         spec = TASKS[args.task]

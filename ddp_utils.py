@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import folders
 from batches import length
-from core import arrow
+from core import arrow, track
 from core.ranks import RANK, WORLD, all_sum, barrier, first_line, fold_in, print0
 
 if TYPE_CHECKING:
@@ -46,12 +46,28 @@ if TYPE_CHECKING:
 
 
 # ---------------------------------------------------------------------------------------------- what a step is
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the share `warmup` of the steps, then cosine to 0 (Table 5). step counts from 0."""
+def learning_rate(step: int, steps: int, peak: float, warmup: float, schedule: str = "cosine") -> float:
+    """Linear warm-up over the share `warmup` of the steps, then cosine to 0 (Table 5), or linear to 0, or constant.
+    step counts from 0."""
     warm = math.ceil(warmup * steps)
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return peak * (steps - step) / max(1, steps - warm) if schedule == "linear" else peak
+
+
+def adamw(params: list[torch.nn.Parameter], args: argparse.Namespace) -> torch.optim.AdamW:
+    """The optimiser of a phase. Weight decay is of matrices, embeddings included, and not of norms and biases."""
+    groups: list = params
+    if args.weight_decay:
+        groups = [{"params": [p for p in params if p.ndim >= 2]}]
+        groups.append({"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0})
+        groups = [group for group in groups if group["params"]]
+    betas = tuple(args.adam_betas)
+    return torch.optim.AdamW(
+        groups, lr=args.lr, betas=betas, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
+    )
 
 
 def batch_rows(n: int, step: int, batch_size: int, seed: int) -> list[int]:
@@ -74,10 +90,23 @@ class Step:
     lr: float
     number: int  # within the phase, from 1
     last: bool  # of the phase
+    pause: bool  # that, or new rows are made behind it: a checkpoint is due
 
     def tokens(self, column: str) -> int:
         """Tokens of a column in the global batch: what the sums of all ranks and micro-batches are divided by."""
         return int(self.lengths[column].sum())
+
+
+@dataclasses.dataclass
+class Refresh:
+    """Rows of a phase that the current model makes anew every so many steps, under one optimiser and one schedule.
+
+    make(some, k) is the k-th D, of those of `rows` that the next `every` steps read, in the order of `rows`: so all of
+    them together cost no more than one D of all rows does for each epoch."""
+
+    rows: Dataset  # (x, y)
+    every: int
+    make: Callable[[Dataset, int], Dataset]
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -93,11 +122,17 @@ class Run:
         self.names = learnt.keys() if len(learnt) < sum(1 for _ in model.parameters()) else None
         self.phase = self.total = 0  # phases begun, steps done in all of them
         self.watch: Callable[[], dict[str, float]] | None = None  # of --eval-every: measures held-out rows
+        self.samples: Callable[[], list[dict[str, str]]] | None = None  # ... and shows what is said to some of them
+        self.label: Callable | None = None  # rac.rac_labels, where the stage has labels: of these samples
         self.resume = {"phase": 0, "step": 0}
+        self._place = (0, 0)  # phase and step that the weights have reached where rows are made
         self.stopped = self._signal = self._stepping = False
         self._step: Step | None = None
         self._log = open(self.out / "log.jsonl", "ab", buffering=0) if RANK == 0 else None
         self._load_checkpoint()
+        self._track = self._untrack = None
+        if args.track and RANK == 0:
+            self._track, self._untrack = track.tracker(args.track, self.out, vars(args), self.total)
         for sig in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sig, self._stop)
 
@@ -107,41 +142,68 @@ class Run:
         if not self._stepping:
             raise SystemExit("stopped; the same command goes on from there" if RANK == 0 else 1)
 
-    def steps(self, rows: Dataset, epochs: float, spread: Callable[[dict], list[dict]] | None = None) -> Iterator[Step]:
+    def steps(
+        self, rows: Dataset | Refresh, epochs: float, spread: Callable[[dict], list[dict]] | None = None
+    ) -> Iterator[Step]:
         """The steps of one phase over `rows`; each is to end with `update`. spread: the rows that a step reads for one.
 
-        A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row.
+        A phase has its own AdamW and schedule, like a run of its own: --iterations 2 is two runs in a row. Rows that
+        are a `Refresh` change within the phase; which of them a step reads is the same as without.
         """
         args, phase = self.args, self.phase
         self.phase += 1
-        steps = math.ceil(epochs * math.ceil(len(rows) / args.batch_size))
+        fresh = rows if isinstance(rows, Refresh) else None
+        n = len(fresh.rows if fresh else rows)
+        steps = math.ceil(epochs * math.ceil(n / args.batch_size))
         steps = min(steps, args.max_steps) if args.max_steps else steps
+        self._place = (self.phase, 0)
         if phase < self.resume["phase"] or not steps:  # done before the interruption, or nothing to do
             return
-        self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, weight_decay=0.0, fused=True)
+        self.optimizer = adamw(self.params, args)
         first = self.resume["step"] if phase == self.resume["phase"] else 0
         if first:
             self._load_optimizer()
-        self._stepping, rows = True, arrow.Rows(rows)
-        tokens = rows.tokens()
+
+        def picked(k: int) -> np.ndarray:
+            return np.array(batch_rows(n, k, args.batch_size, fold_in(args.seed, phase)))
+
         title = f"{Path(sys.argv[0]).stem} {self.phase}"
         with tqdm(total=steps, initial=first, desc=title, disable=RANK != 0) as self._bar:
             for k in range(first, steps):
+                if k == first or fresh and k % fresh.every == 0:
+                    read = np.arange(n)  # row i of the phase is row read.searchsorted(i) of `rows`
+                    if fresh:
+                        begins = k - k % fresh.every  # the step before which they are made
+                        self._place, ends = (phase, begins), min(begins + fresh.every, steps)
+                        read = np.unique(np.concatenate([picked(j) for j in range(begins, ends)]))
+                        rows = self._fresh(fresh, read, begins // fresh.every + 1)
+                    self._stepping, rows = True, arrow.Rows(rows)
+                    tokens = rows.tokens()
                 self._started = time.time()
-                picked = np.array(batch_rows(len(rows), k, args.batch_size, fold_in(args.seed, phase)))
-                batch, ids, lengths = self._batch(rows, tokens, picked, spread)
-                lr = learning_rate(k, steps, args.lr, args.warmup)
-                mine = self._micro_batches(batch)
-                self._step = Step(batch, ids, lengths, mine, lr, k + 1, last=k + 1 == steps)
+                batch, ids, lengths = self._batch(rows, tokens, read.searchsorted(picked(k)), spread)
+                lr = learning_rate(k, steps, args.lr, args.warmup, args.lr_schedule)
+                mine, last = self._micro_batches(batch), k + 1 == steps
+                pause = last or bool(fresh) and (k + 1) % fresh.every == 0
+                self._step = Step(batch, ids, lengths, mine, lr, k + 1, last, pause)
                 self._left, self._terms = len(self._step.micro_batches), {}
                 yield self._step
                 if self._step:
                     raise RuntimeError("the loop over run.steps() must end with run.update()")
                 if self.stopped:
                     break
-        self._stepping = False
+        self._stepping, self._place = False, (self.phase, 0)
         if self.stopped:
             raise SystemExit(f"stopped after step {k + 1}; the same command goes on from there" if RANK == 0 else 1)
+
+    def _fresh(self, fresh: Refresh, read: np.ndarray, number: int) -> Dataset:
+        """The D of that number of a `Refresh`. A signal meanwhile ends the run at once: a checkpoint is there."""
+        self._stepping = False
+        if self._signal:
+            self._stop()
+        made = fresh.make(fresh.rows if len(read) == len(fresh.rows) else fresh.rows.select(read.tolist()), number)
+        if len(made) != len(read):
+            raise RuntimeError(f"a D of {len(made)} rows was made of {len(read)}")
+        return made
 
     @staticmethod
     def _batch(
@@ -200,13 +262,17 @@ class Run:
         record |= {"tokens": tokens, "seconds": round(seconds, 4), **also}
         look = self.watch and (step.last or step.number % args.eval_every == 0)
         held = self.watch() if look else {}
+        said = {"samples": self.samples()} if look and self.samples else {}
         self.total += 1
-        self._write_log({"phase": self.phase, "step": step.number, **record, **held})
+        record |= held
+        self._write_log({"phase": self.phase, "step": step.number, **record, **said})
+        if self._track:
+            self._track(self.total, {"phase": self.phase, **record, **said})
         shown = {name: f"{record[name]:.3f}" for name in ("loss", *terms)}
         shown |= {name: f"{value:.3f}" for name, value in held.items()}
         self._bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:.0f}"})
         self._bar.update()
-        due = args.checkpoint_every and (step.last or step.number % args.checkpoint_every == 0)
+        due = args.checkpoint_every and (step.pause or step.number % args.checkpoint_every == 0)
         if self.stopped or due:
             after = {"phase": self.phase, "step": 0} if step.last else {"phase": self.phase - 1, "step": step.number}
             self._save_checkpoint(after)
@@ -244,17 +310,19 @@ class Run:
         folders.offline.
 
         Raises ValueError where it is gone, and the weights that made it have moved on."""
-        begun = (self.phase, 0) < (self.resume["phase"], self.resume["step"])
+        begun = self._place < (self.resume["phase"], self.resume["step"])
         if begun and not (self.out / name).exists():
             raise ValueError(f"{self.out / name} is gone, and cannot be made again by weights that have moved on")
         return folders.offline(self.out / name, make, rows, self.model, self.tokenizer, **column)
 
     def finish(self) -> None:
         """Saves a Hugging Face folder and removes the checkpoints. config.json, moved in last, marks the end."""
-        folders.save_model(self.model, self.tokenizer, self.out)
+        folders.save_model(self.model, self.tokenizer, self.out, self.args.save_dtype)
         barrier()
         if RANK == 0:
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        if self._untrack:
+            self._untrack()
         print0(f"saved {self.out}")
 
     # ------------------------------------------------------------------------------------------ checkpoints

@@ -65,7 +65,8 @@ def checksum(path: Path) -> int:
 # ---------------------------------------------------------------------------------------------- whose run it is
 # Flags that change no result, but for rounding: the same run may go on with others.
 FREE = ("out", "checkpoint_every", "micro_batch_size", "generation_batch_size", "shard", "lock_step", "compile",
-        "activation_checkpointing", "share_prompt", "packed", "eval_every", "eval_data", "eval_rows")  # fmt: skip
+        "activation_checkpointing", "share_prompt", "packed", "eval_every", "eval_data", "eval_rows",
+        "attn_implementation", "eval_samples", "track")  # fmt: skip
 
 
 WEIGHTS = (".safetensors", ".bin", ".arrow")  # or rows
@@ -79,7 +80,7 @@ PARTS = {
 def given(args: argparse.Namespace) -> dict[str, object]:
     """What a command was given: its script, its flags, and for the files and folders among them what they hold."""
     flags = {key: value for key, value in vars(args).items() if key not in FREE}
-    paths = {key: Path(flags[key]) for key in ("model", "data", "pairs", "score") if flags.get(key)}
+    paths = {key: Path(flags[key]) for key in ("model", "data", "pairs", "z", "score") if flags.get(key)}
     there = {key: path for key, path in paths.items() if path.is_file() or path.is_dir()}  # no pipe, no hub name
     files = {
         f"what --{key} holds": [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in WEIGHTS]
@@ -207,8 +208,9 @@ def claim_file(args: argparse.Namespace) -> tuple[Path, Callable[[], None]]:
 SAVING = ".saving"  # in --out: what is on its way there
 
 
-def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """A Hugging Face folder of float32 weights, written aside and moved in, config.json last. Called by all ranks.
+def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: str = "float32") -> None:
+    """A Hugging Face folder of float32 weights (or rounded to bfloat16), written aside and moved in, config.json last.
+    Called by all ranks.
 
     An adapter is merged into them, and lies beside them in a folder of its own."""
     from torch.distributed.checkpoint import state_dict as dcp_state
@@ -220,12 +222,18 @@ def save_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, out: 
         names = {name for named in (model.named_parameters, model.named_buffers) for name, _ in named()}
         state = {name: value for name, value in state.items() if name in names}  # tied weights once
         adapter = lora.taken_out(model, state)
+        if dtype != "float32":
+            kind = getattr(torch, dtype)
+            state = {name: value.to(kind) if value.is_floating_point() else value for name, value in state.items()}
         partial = out / SAVING
         shutil.rmtree(partial, ignore_errors=True)
         try:
             write_folder(model, tokenizer, state, partial)
             if adapter:
                 lora.write(model, adapter, partial / "adapter")
+            if dtype != "float32":  # transformers has written the model's own
+                config = json.loads((partial / "config.json").read_text())
+                write_json(partial / "config.json", config | {"dtype": dtype})
         except Exception as error:  # safetensors has errors of its own
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"--out {out}: the model cannot be written ({first_line(error)})") from None

@@ -434,9 +434,11 @@ def check(
 
 def main() -> None:
     import json
+    from pathlib import Path
 
     import data  # of the command alone: who copies the decoder leaves this function behind
-    from core.chat import ends, response_text
+    from core import engine_z
+    from core.chat import ends
     from core.flags import count, data_flags, group, new_parser, number, positive
     from core.fsdp import check_fits, load_tokenizer, model_of
     from core.ranks import RANK, init, print0
@@ -446,7 +448,7 @@ def main() -> None:
     data_flags(p, sorted(data.TASKS))
     group(p, "data").add_argument("--split", choices=["train", "test"], default="test", help="of a hub set")
     g = p.add_argument_group("what is drawn")
-    g.add_argument("--out", required=True, help="a .jsonl file: id, prompt, reference, responses (one object a line)")
+    g.add_argument("--out", required=True, help="a .jsonl file: id, prompt, reference, responses, ... a line")
     g.add_argument("--n", type=positive, default=1, help="samples for each prompt")
     g.add_argument("--temperature", type=number(0), default=1.0, help="0 is greedy")
     g.add_argument("--top-p", type=number(1e-6, 1), default=1.0)
@@ -473,12 +475,10 @@ def main() -> None:
     made = offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, z=draw)
     if RANK == 0:
         partial = out.with_name(out.name + ".partial")
+        by = engine_z.drawn_by(json.loads(Path(args.out + ".args.json").read_text()), tokenizer)
         with open(partial, "w", encoding="utf-8") as file:
             for row in made:
-                line = {"id": row["id"], "prompt": tokenizer.decode(row["x"])}
-                line["reference"] = response_text(tokenizer, row["y"])
-                line["responses"] = [response_text(tokenizer, z) for z in row["z"]]
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(engine_z.line(row, tokenizer, by), ensure_ascii=False) + "\n")
         partial.rename(out)
     print0(f"{len(made)} prompts, {args.n} responses each: {out} (token ids in {out}.data)")
 

@@ -22,7 +22,8 @@ Departures from the paper
   does not outweigh y. A masked position adds 0 to the sum of Eq. 7 and still counts: the paper's mask is in the sum.
 - The paper does not say how z is drawn: --temperature is 1 (Eq. 2), and z has at most --max-response tokens.
 - f(x, y) has a limit of its own, --max-reference. A row over it is left out, of J_SFT too, and counted; y is never cut.
-- Each iteration has its own AdamW and schedule, so that --iterations 2 is two runs in a row.
+- Each iteration has its own AdamW and schedule, so that --iterations 2 is two runs in a row. With --refresh-every
+  STEPS, in place of iterations, there is one of each, and the current model makes a new D_r every so many steps.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ import generate
 import rac_options
 import stage
 from batches import losses, teacher_forced
+from core import engine_z
 from core.chat import ends
 from core.flags import count, group, number, positive
 from core.ranks import cli, fold_in
 from data import Dataset
-from ddp_utils import Run
+from ddp_utils import Refresh, Run
 from sft import sft_loss, sft_phase
 
 
@@ -82,6 +84,8 @@ def to_last_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[
 def draw_z(run: Run, iteration: int, rows: dict[str, Sequence], each: Callable[[int, list], None]) -> list:
     """Answers z ~ p(.|x) of the current model (Algorithm 2, line 9), for `run.offline`: each(i, z) of the i-th row."""
     args = run.args
+    if args.z and iteration == 1:
+        return engine_z.draw(args, run.tokenizer, rows, each)
     drawn = generate.generate(
         run.model,
         rows["x"],
@@ -118,6 +122,7 @@ def make_d_r(run: Run, examples: Dataset, iteration: int, pairs: Dataset | None 
     else:
         d_r = run.offline(name, partial(label, run.model), examples, z=draw)
     sift.report(name)
+    rac_options.report(d_r, run.tokenizer, args.task, run.out / f"{name}.json")
     return d_r
 
 
@@ -131,22 +136,28 @@ def main() -> None:
     paper.add_argument("--temperature", type=number(0), default=1.0, help="of the draw of z")
     paper.add_argument("--unmasked", action="store_true", help="Eq. 6 instead of Eq. 7")
     group(p, "data").add_argument("--max-reference", type=count, default=0, help="tokens of f(x, y) (0: x + y + 128)")
+    engine_z.add_flag(p)
     group(p, "data").add_argument("--pairs", help="a D_r to use in the first iteration instead of making one")
+    stage.refresh_flag(p)
     machine.add_argument("--share-prompt", action="store_true", help="both losses read x once (4-D attention mask)")
     machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
     rac_options.add_flags(p)
     args = p.parse_args()
     rac_options.check_flags(args)
+    stage.check_refresh(args)
     max_response = args.max_response or data.TASKS[args.task].max_response
-    run, examples, pairs = stage.start_with_pairs(args, data.load, ("z", "z_bar"), max_response)
+    run, examples, pairs = stage.start_with_pairs(args, engine_z.loading(args, data.load), ("z", "z_bar"), max_response)
     rac_options.check_labels(run, pairs)
+    run.label = rac_labels  # of the samples in the log
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 
     cut = rac_options.to_first_correction if args.first_correction_only else to_last_correction
     weight, loss = {"rac": 1.0, "sft": args.sft_weight}, partial(rac_loss, masked=not args.unmasked)
     for iteration in range(1, args.iterations + 1):  # line 7
-        d_r = make_d_r(run, examples, iteration, pairs if iteration == 1 else None)  # lines 8-13
-        rac_options.report(d_r, run.tokenizer, args.task, run.out / f"D_r_{iteration}.json")
+        if args.refresh_every:
+            d_r = Refresh(examples, args.refresh_every, partial(make_d_r, run))  # lines 8-13 again and again
+        else:
+            d_r = make_d_r(run, examples, iteration, pairs if iteration == 1 else None)  # lines 8-13
         for step in run.steps(d_r, args.epochs):  # lines 14-15
             n = {"sft": step.tokens("y"), "rac": step.tokens("z")}  # of the global batch, the masked ones included
             for rows in step.micro_batches:  # this rank's share

@@ -11,6 +11,7 @@ Each option is kept for a reader who would miss it, or for a result that rests o
 - --first-correction-only: of each z learn the first correction alone: the study's test of what later ones teach.
 - --plausible P: keep a correction only where the labelling model, not shown the reference, gives it at least P. What y
   says next is often no answer to a z that has gone elsewhere; the model can only learn from it to doubt its own words.
+- --reference-template FILE: f(x, y) in one's own words; see core/reference.py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from core import arrow, lora
 from core.flags import group, number, positive
 from core.fsdp import model_of
 from core.ranks import RANK, all_sum, print0
-from data import Dataset
+from core.reference import read_template
+from data import TASKS, Dataset, qa_f
 from ddp_utils import Run
 from generate import known
 
@@ -58,10 +60,12 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--labels-from", choices=["current", "start"], default="current", help="whose labels")
     g.add_argument("--first-correction-only", action="store_true", help="one correction of each z")
     g.add_argument("--plausible", type=number(0, 1), default=0.0, help="least probability of a correction")
+    g.add_argument("--reference-template", help="a file: f(x, y) in other words than the paper's, with {x} and {y}")
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises ValueError where flags contradict each other."""
+    """Raises ValueError where flags contradict each other. Of --reference-template the text takes the file's place: it
+    is kept in args.json, and a run goes on with the same one only."""
     if args.unmasked and args.first_correction_only:
         raise ValueError("--unmasked learns every token, --first-correction-only one: choose")
     if args.unmasked and args.plausible:
@@ -69,6 +73,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.labels == "hard" and (args.topk or args.kl):
         raise ValueError("--topk and --kl are for --labels topk")
     args.topk = args.topk or 16
+    if args.reference_template is not None:
+        if args.pairs is not None and args.iterations == 1:
+            raise ValueError("--pairs brings labels, --reference-template is for labels made here: choose")
+        args.reference_template = read_template(args.reference_template, TASKS[args.task].f is qa_f)
 
 
 def check_labels(run: Run, pairs: Dataset | None) -> None:

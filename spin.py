@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import data
 import stage
-from core import arrow
+from core import arrow, engine_z
 from core.flags import count, group, number, positive
 from core.ranks import cli, print0
 from data import Dataset
@@ -68,10 +68,12 @@ def main() -> None:
     paper.add_argument("--epochs-per-iteration", "--epochs", dest="epochs", type=number(0), default=1)
     paper.add_argument("--beta", type=number(0), default=0.1, help="of the loss: how close to the opponent")
     paper.add_argument("--temperature", type=number(0), default=1.0, help="of the draw of z")
+    engine_z.add_flag(p)
     machine.add_argument("--share-prompt", action="store_true", help="y and z read x once (4-D attention mask)")
     machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
     args = p.parse_args()
-    run, examples = stage.start(args, data.load, args.max_response or data.TASKS[args.task].max_response)
+    max_response = args.max_response or data.TASKS[args.task].max_response
+    run, examples = stage.start(args, engine_z.loading(args, data.load), max_response)
     last = None
     for iteration in range(1, args.iterations + 1):
         pairs = d_spin = make_d_spin(run, examples, iteration)

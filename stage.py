@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import evaluate
 import sums
-from core import lora, packed
-from core.flags import count, data_flags, group, new_parser, number, positive
+from core import lora, packed, track
+from core.flags import below_one, count, data_flags, group, new_parser, number, positive
 from core.fsdp import check_rows, load_tokenizer, model_of
 from core.ranks import WORLD, init, print0
+from core.samples import sampler
 from data import TASKS, Dataset
 from ddp_utils import Run
 from folders import check_saves, open_out, read_pairs
@@ -25,11 +26,12 @@ from folders import check_saves, open_out, read_pairs
 def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     """The flags that every stage takes. doc: the stage's docstring. task: the default of --task, if any."""
     p = new_parser(doc)
-    for title in ("model", "the paper's", "data"):  # in this order in --help
+    for title in ("model", "the paper's", "data", "machine", "while training"):  # in this order in --help
         group(p, title)
     data_flags(p, sorted(TASKS), task)
     g = group(p, "model")
     g.add_argument("--out", required=True, help="folder for the model, log.jsonl and args.json")
+    g.add_argument("--save-dtype", choices=["float32", "bfloat16"], default="float32", help="of the saved weights")
     g = group(p, "the paper's")
     g.add_argument("--batch-size", type=positive, default=512, help="rows in the global batch (Table 5)")
     g.add_argument("--lr", type=number(0), default=5e-6, help="peak learning rate (Table 5)")
@@ -37,6 +39,11 @@ def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     g.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm")
     g.add_argument("--max-steps", type=count, default=0, help="at most so many steps in each phase (0: no limit)")
     g.add_argument("--seed", type=count, default=0)
+    g = group(p, "beyond the paper")
+    g.add_argument("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
+    g.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's, of matrices (not of norms and biases)")
+    g.add_argument("--adam-betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar="BETA", help="AdamW's")
+    g.add_argument("--adam-eps", type=number(0), default=1e-8, help="AdamW's")
     g = group(p, "machine")
     g.add_argument("--micro-batch-size", type=positive, default=8, help="rows in one pass of one rank")
     g.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in the backward")
@@ -48,7 +55,23 @@ def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     g.add_argument("--eval-every", type=count, default=0, help="steps between looks at held-out rows (0: none)")
     g.add_argument("--eval-data", help="those rows: a file as for --data (default: the hub set's test split)")
     g.add_argument("--eval-rows", type=positive, default=64, help="how many of them")
+    g.add_argument("--eval-samples", type=count, default=2, help="of so many of them the log has the answer as text")
+    g.add_argument("--track", choices=["wandb", "tensorboard", "trackio"], help="also send there what log.jsonl has")
     return p
+
+
+def refresh_flag(p: argparse.ArgumentParser) -> None:
+    """--refresh-every, of the stages whose data the model makes: see ddp_utils.Refresh."""
+    g = group(p, "beyond the paper")
+    g.add_argument("--refresh-every", type=count, default=0, help="steps between one D and a new one (0: never)")
+
+
+def check_refresh(args: argparse.Namespace) -> None:
+    """Raises ValueError where --refresh-every is given beside what it takes the place of."""
+    if args.refresh_every and args.iterations != 1:
+        raise ValueError("--refresh-every makes new data in one schedule, --iterations begins it again: choose")
+    if args.refresh_every and args.pairs is not None:
+        raise ValueError("--refresh-every makes its data itself, --pairs brings them: choose")
 
 
 def start(
@@ -63,6 +86,7 @@ def start(
     that does not fit the model begins. Ends the program where the same command has finished before."""
     init()
     lora.settle(args)
+    track.check(args.track)
     if not open_out(args):
         raise SystemExit(0)
     tokenizer = load_tokenizer(args.model)
@@ -84,6 +108,7 @@ def start(
     run = Run(args, model, tokenizer)
     if args.eval_every:
         run.watch = evaluate.watch(run)
+        run.samples = sampler(run) if args.eval_samples else None
     return run, examples
 
 

@@ -29,6 +29,14 @@ def number(low: float = -math.inf, high: float = math.inf, kind: type = float) -
     return parse
 
 
+def below_one(text: str) -> float:
+    """An argparse type: a number in [0, 1)."""
+    value = number(0, 1)(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
+    return value
+
+
 count = number(0, kind=int)  # a whole number, 0 included
 positive = number(1, kind=int)  # at least one
 
@@ -49,6 +57,7 @@ def model_flags(p: argparse.ArgumentParser) -> None:
     group(p, "model").add_argument("--model", required=True, help="Hugging Face folder or hub name")
     p = group(p, "machine")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
+    p.add_argument("--attn-implementation", help="as transformers names it: sdpa, eager, flash_attention_2, ...")
     p.add_argument("--shard", type=count, default=0, help="hybrid sharding: replicas of N-way shards (0: one shard)")
     p.add_argument("--lock-step", action="store_true", help="generate sharded: slow, where no device holds the model")
 

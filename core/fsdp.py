@@ -61,26 +61,28 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_model(
     path: str, dtype: str = "float32", *, shard_size: int = 0, lock_step: bool = False,
-    recompute: bool = False, compile: bool = False, adapter: lora.Lora | None = None,
+    recompute: bool = False, compile: bool = False, attention: str | None = None, adapter: lora.Lora | None = None,
 ) -> torch.nn.Module:  # fmt: skip
     """A causal language model on this rank's device, sharded over the ranks where there are several. Raises OSError.
 
     The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments),
     by rank 0 alone: the others never hold a whole model. shard_size, lock_step: see `shard` and `inference`. recompute:
     activation checkpointing of each block; compile: torch.compile of each block; both in training passes only.
-    adapter: of LoRA, to be put in; then the weights are frozen, and kept in `dtype` itself.
+    attention: transformers' attn_implementation (None: its choice). adapter: of LoRA, to be put in; then the weights are
+    frozen, and kept in `dtype` itself.
     """
     from transformers import AutoModelForCausalLM
 
     device = init()
     if shard_size and WORLD % shard_size:
         raise ValueError(f"--shard {shard_size} does not divide the {WORLD} processes")
-    config, whole = read_weights(path, dtype if adapter else "float32")
+    chosen = {"attn_implementation": attention} if attention else {}
+    config, whole = read_weights(path, dtype if adapter else "float32", **chosen)
     model = whole
     # In bfloat16 FSDP2 makes the copies to compute with, on one device, too. Frozen weights need none.
     if WORLD > 1 or (dtype != "float32" and not adapter):
         with torch.device("meta"):  # shapes without memory: `fill` brings the values, once it is known who holds what
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **chosen)
     if adapter:
         notes = [lora.add(some, blocks(some), adapter, getattr(torch, dtype)) for some in {model, whole} - {None}]
         print0(notes[0])
@@ -100,7 +102,7 @@ def load_model(
     return fill(shard(model.eval(), None if adapter else dtype, shard_size), whole)
 
 
-def read_weights(path: str, dtype: str = "float32") -> tuple[object, torch.nn.Module | None]:
+def read_weights(path: str, dtype: str = "float32", **chosen: str) -> tuple[object, torch.nn.Module | None]:
     """The config of a model folder or hub name and, on rank 0, the whole model in float32; in `dtype`, where they will
     be frozen. The folder of an adapter: its base with the adapter merged, in float32. Raises OSError."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -115,7 +117,7 @@ def read_weights(path: str, dtype: str = "float32") -> tuple[object, torch.nn.Mo
             return config, None
         how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
         read = torch.float32 if adapters else getattr(torch, dtype)
-        whole, info = AutoModelForCausalLM.from_pretrained(base, dtype=read, **how)
+        whole, info = AutoModelForCausalLM.from_pretrained(base, dtype=read, **how, **chosen)
         wrong = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
         if wrong:  # transformers would go on with random ones
             named = f"{', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}"
@@ -137,6 +139,9 @@ def model_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> to
     training = {"recompute": "activation_checkpointing", "compile": "compile"}  # flags of the stages alone
     training = {name: getattr(args, flag, False) for name, flag in training.items()}
     training["adapter"] = lora.of(args)
+    training["attention"] = attention = getattr(args, "attn_implementation", None)
+    if attention and "flash" in attention and args.dtype == "float32":
+        raise ValueError(f"--attn-implementation {attention} computes in 16 bits: give --dtype bfloat16 with it")
     model = load_model(args.model, args.dtype, shard_size=args.shard, lock_step=args.lock_step, **training)
     absent = sorted({*range(model.config.vocab_size)} - {*tokenizer.get_vocab().values()})
     model.absent = torch.tensor(absent, device=model.device) if absent else None

@@ -24,6 +24,8 @@ RUNS = {
     "scs": (scs, ""),
     "bash": (bash, ""),
     "rac": (rac, RAC),
+    "bash-refresh": (bash, "--beta 0.5 --refresh-every 5"),
+    "rac-refresh": (rac, RAC + " --refresh-every 5 --z {world}/z.jsonl"),
     "neftune": (sft, "--neftune-alpha 5"),
     "spin": (spin, "--iterations 2 --beta 0.5"),
     "dpo": (dpo, "--data {world}/pairs.jsonl --beta 0.5"),

@@ -542,7 +542,7 @@ def test_scores_for_other_rows(whole, tmp_path, change, message):
         ("--best-of 0", "argument --best-of: '0' is not a whole number of at least 1"),
         ("--score s.jsonl", "--score is for samples that are there: draw them with --epochs 0, then give --pairs"),
         ("--pairs D --score s.jsonl --weights rlb", "--score has weights of its own, --weights others: choose"),
-        ("--dco --pairs D", "--dco draws nothing: it takes no --pairs, --score, --weights or --iterations"),
+        ("--dco --pairs D", "--dco draws nothing: it takes no --pairs, --z, --score, --weights or --iterations"),
         ("--weights twosided", "invalid choice: 'twosided'"),
         ("--pairs missing", "--pairs missing: not a folder written by datasets' save_to_disk"),
     ],

@@ -494,3 +494,75 @@ def test_other_bad_input(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="could not be loaded"):
         data.load_rows("gsm8k", "nobody/no-such-set")
+
+
+# ------------------------------------------------------------------------------------------------ --reference-template
+def plain_f(tokenizer, tmp_path, task, rows, template, **kw):
+    """Decoded f(x, y) of the rows, with a template of one's own."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, notes = data.examples(task, tokenizer, data=str(path), max_reference=600, reference_template=template, **kw)
+    return [tokenizer.decode(ids) for ids in found["f"]], notes
+
+
+def test_a_template_that_is_the_papers_gives_the_papers(tmp_path):
+    """Written down as a template, f(x, y) of A.1 is token for token what the tasks build; dialogues included."""
+    tokenizer = byte_tokenizer(eos_token="</s>")
+    qa = "{x}\nAnswer this question based on the following reference response: {y}"
+    tldr = (
+        "[POST]: {x}\n\n[REFERENCE SUMMARY]: {y}\n\n"
+        "Re-write a new summary of the post and cover the main content in the reference summary. TL;DR:"
+    )
+    turns = [{"role": "system", "content": "Be"}, *(
+        {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c {y} ?"))
+    )]  # fmt: skip
+    cases = [
+        ("gsm8k", [{"question": "a {x} \\1", "answer": "{x} {y} #### 3"}], {"system": data.RAC_SYSTEM, "user": qa}),
+        ("ultrachat", [{"prompt": turns, "messages": "So {x}"}], {"system": data.RAC_SYSTEM, "user": qa}),
+        ("tldr", [{"post": "so it goes", "summary": " It {y} ", "title": "t"}], {"system": "", "user": tldr}),
+        ("toy", [{"prompt": "3 4", "response": "7"}], {"system": "", "user": data.TOY_REFERENCE}),
+    ]
+    for task, rows, template in cases:
+        found, papers = (plain_f(tokenizer, tmp_path, task, rows, own) for own in (template, None))
+        assert found == papers and len(found[0]) == 1, task
+    own = {"system": "", "user": "{y} <- {x} {z} {{y}}"}
+    (text,), _ = plain_f(tokenizer, tmp_path, "toy", [{"prompt": "{y}", "response": "{x}"}], own)
+    assert text == "{x} <- {y} {z} {{x}}"  # in one pass
+
+
+def test_a_template_over_the_limit_is_counted(tmp_path):
+    rows = [{"prompt": "3", "response": "4"}, {"prompt": "3" * 60, "response": "4"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = {"system": "", "user": "{x}, {x}: {y}"}
+    of = {"data": str(path), "max_reference": 100, "reference_template": template}
+    found, notes = data.examples("toy", byte_tokenizer(eos_token="</s>"), **of)
+    assert found["id"][:] == [0] and "1 rows left out: f(x, y) over 100 tokens (--max-reference), first: row 1" in notes
+
+
+@pytest.mark.parametrize("name, text, task, message", [
+    ("t.txt", "{x} only", "gsm8k", "there is no {y} in it: the labels would not know the reference"),
+    ("t.txt", "{y} only", "gsm8k", "there is no {x} in it"),
+    ("t.txt", "", "gsm8k", "there is no {y} in it"),
+    ("t.txt", b"\xff{x}{y}", "gsm8k", "not UTF-8 text (byte 0)"),
+    ("t.json", "{", "gsm8k", "not valid JSON"),
+    ("t.json", "[]", "gsm8k", "must hold an object of texts, system and user"),
+    ("t.json", '{"user": 3}', "gsm8k", "must hold an object of texts, system and user"),
+    ("t.json", '{"user": "{x} {y}", "assistant": "so"}', "gsm8k", "'assistant' is no part of a template"),
+    ("t.json", '{"system": "{x} {y}"}', "gsm8k", "the user's turn is empty"),
+    ("t.json", '{"system": "s", "user": "{x} {y}"}', "tldr", "this --task has no turns, and no system text"),
+    (None, "", "tldr", "no such file"),
+])  # fmt: skip
+def test_bad_templates_are_one_line(tmp_path, monkeypatch, capsys, name, text, task, message):
+    import rac
+    from core import ranks
+
+    if name:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    words = f"rac.py --model m --task {task} --out {tmp_path}/o --reference-template {tmp_path}/{name}"
+    monkeypatch.setattr("sys.argv", words.split())
+    with pytest.raises(SystemExit):
+        ranks.cli(rac.main)
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"rac.py: error: --reference-template {tmp_path}/{name}: ") and message in line
+    assert "\n" not in line

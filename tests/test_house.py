@@ -12,13 +12,14 @@ STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo", "bon")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (
     "packed",
-    "noise kv_cache arrow ahead cut ranks flags batches rows latex verify verdicts",
-    "generate answers chat cache",
+    "noise kv_cache arrow ahead cut ranks flags batches rows reference latex verify verdicts",
+    "generate answers chat cache track",
     "kinds data sums lora",
     "fsdp",
     "folders",
-    "ddp_utils tables preferences toy",
+    "ddp_utils tables preferences toy engine_z",
     "evaluate corrections plots",
+    "samples",
     "stage rac_options bon_options",
     "sft dpo show judge controls room smollm2",
     "scs bash rac bon",

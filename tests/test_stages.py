@@ -362,3 +362,20 @@ def test_generate_command(base, tmp_path, monkeypatch):
         command("--temperature", "0.1")
     command("--n", "2")  # the same call: its rows are there
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+
+
+def test_labels_by_a_template_of_ones_own(base, tmp_path, monkeypatch, capsys):
+    """--reference-template: z_bar is what the model says after it. args.json has its text; no other goes on there."""
+    (tmp_path / "f.txt").write_text("{y} now : {x}\n")
+    flags = ["--max-reference", "200", "--reference-template", tmp_path / "f.txt"]
+    out = run(monkeypatch, "rac", base, tmp_path / "out", *flags)
+    assert json.loads((out / "args.json").read_text())["reference_template"] == {"system": "", "user": "{y} now : {x}"}
+    tokenizer, model = fsdp.load_tokenizer(str(base / "model")), fsdp.load_model(str(base / "model"))
+    texts = [json.loads(line) for line in (base / "train.jsonl").read_text().splitlines()]
+    d_r = datasets.load_from_disk(str(out / "D_r_1"))
+    for row in d_r:
+        text = texts[row["id"]]
+        f = data.chat(tokenizer, f"{text['response']} now : {text['prompt']}")
+        assert [row["z_bar"]] == rac.rac_labels(model, [data.tokenize(tokenizer, f)], [row["z"]])
+    (tmp_path / "f.txt").write_text("{y} then : {x}\n")
+    assert "--reference-template" in fails(monkeypatch, capsys, "rac", base, out, *flags)

@@ -56,6 +56,7 @@ def log_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     if not rows:
         raise ValueError(f"{path}: no steps")
     for number, row in enumerate(rows, 1):
+        row.pop("samples", None)  # texts
         bad = [name for name, value in row.items() if isinstance(value, bool) or not isinstance(value, int | float)]
         if bad or "loss" not in row:
             raise ValueError(f"{path}, line {number}: {f'{bad[0]} is not a number' if bad else 'no loss'}")

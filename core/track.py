@@ -1,0 +1,39 @@
+"""--track: what log.jsonl has, in a tracker, which is imported here alone. Keys, projects and modes are its own, from
+its environment variables (WANDB_PROJECT, WANDB_MODE=offline, ...)."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from core.ranks import first_line, fold_in
+
+
+def check(kind: str | None) -> None:
+    if kind and importlib.util.find_spec(kind) is None:
+        raise ValueError(f"--track {kind} needs that package: pip install {kind}")
+
+
+def tracker(kind: str, out: Path, flags: dict, done: int) -> tuple[Callable[[int, dict], None], Callable[[], None]]:
+    """What takes the number of a step and its record, and what ends the tracking. done: steps already told of."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer, module = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1), None
+    else:
+        module, own = importlib.import_module(kind), fold_in(0, str(out.resolve()), (out / "log.jsonl").stat().st_ino)
+        how = {"project": os.environ.get(f"{kind.upper()}_PROJECT", "bash-rac"), "resume": "allow", "name": out.name}
+        try:
+            module.init(config=flags, **how, **({"id": f"{own:x}", "dir": str(out)} if kind == "wandb" else {}))
+        except Exception as error:  # no key, no network
+            raise OSError(f"--track {kind}: {first_line(error)} (offline: WANDB_MODE=offline)") from None
+
+    def write(step: int, record: dict) -> None:
+        shown = [f"**{key}**: {text}" for said in record.get("samples", []) for key, text in said.items()]  # Markdown
+        texts = {"samples": "\n\n".join(shown)} if shown else {}
+        if module:
+            return module.log(record | texts, step=step)
+        for name, value in (record | texts).items():
+            (writer.add_text if name in texts else writer.add_scalar)(name, value, step)
+
+    return write, module.finish if module else writer.close
