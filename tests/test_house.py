@@ -12,6 +12,7 @@ STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo", "bon")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (
     "noise kv_cache arrow ahead cut ranks flags batches rows latex verify verdicts",
+    "decode_step",
     "generate answers chat cache",
     "kinds data sums",
     "fsdp",
