@@ -259,8 +259,8 @@ class Fixed:
     def __init__(
         self, model: PreTrainedModel, pick: Pick, ends: Tensor, most: int, slots: int, looks: bool, stats: dict
     ) -> None:
-        """looks: whether `pick` looks at what it draws, and so cannot be recorded. stats: counts what is replayed, which
-        the hook of `decoding` does not see."""
+        """looks: whether `pick` looks at what it draws, and so cannot be recorded. stats: counts what is replayed, too,
+        which the hook of `decoding` does not see."""
         self.model, self.pick, self.ends, self.most = model, pick, ends, most
         self.looks, self.in_graph, self.stats = looks, can_record(ends.device), stats
         self.device, self.size = ends.device, slots

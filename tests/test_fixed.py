@@ -1,5 +1,5 @@
-"""generate(fixed=True), rows in slots of fixed shapes: the same tokens as rows that leave, which test_generate.py compares
-with a loop without cache and with transformers."""
+"""generate(fixed=True), rows in slots of fixed shapes: the same tokens as rows that leave, which test_generate.py
+compares with a loop without cache and with transformers."""
 
 import warnings
 
@@ -57,8 +57,8 @@ def test_ids_without_a_token_are_not_drawn():
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_what_is_recorded_is_what_runs(top_p, monkeypatch):
-    """With a stand-in for CUDA graphs: what is recorded does not run, and what is replayed runs on buffers and shapes that
-    are those of its recording."""
+    """With a stand-in for CUDA graphs: what is recorded does not run, and what is replayed runs on the buffers and
+    shapes of its recording."""
     recorded = []
 
     def record(work, pool):
