@@ -194,7 +194,7 @@ def why_not_fixed(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     if config.model_type not in CHECKED:
         return f"fixed shapes are not checked for {config.model_type}"
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation not in ("sdpa", "packed"):  # which is sdpa outside of training passes
         return f"fixed shapes need sdpa attention, not {config._attn_implementation}"
     if not {*(getattr(config, "layer_types", None) or ())} <= {"full_attention", "sliding_attention"}:
         return f"fixed shapes do not know layers of {', '.join(sorted({*config.layer_types}))}"
