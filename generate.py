@@ -38,6 +38,7 @@ the next drawn position ("segment"). Both give, in float32, the very tokens of t
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -51,6 +52,7 @@ from core.decode_step import Fixed, Leaving, decoding, feed, fixed_shapes, forwa
 from core.decode_step import known as known  # of rac.py's labels, too
 from core.kv_cache import Columns, close_gaps, keep_rows
 from core.noise import draw, noise_keys
+from core.windows import windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -229,8 +231,13 @@ def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, ke
     share = sum(map(len, drawn)) / sum(positions[-1] + 1 for positions in drawn)  # about β
     done = [0] * len(g)  # how many tokens of `seq` are final and cached
     cache, mask = Cache(layer_class_to_replicate=Columns), torch.zeros(len(g), 0, dtype=torch.int64, device=device)
+    seen = windows_of(model)
     while rows:
-        window = 1 + int(REDRAW.get(device.type, REDRAW["cuda"]) / (share * len(rows)))
+        began = time.perf_counter()
+        if device.type in REDRAW or not seen.seconds:
+            window = 1 + int(REDRAW.get(device.type, 1024) / (share * len(rows)))
+        else:
+            window = seen.choose(len(rows))
         end = [min(max(done[row], len(prompts[row])) + window, todo[row][-1]) for row in rows]  # feed seq[done : end]
         ids, fed = pad([seq[row][done[row] : e] for row, e in zip(rows, end)], device, left=False)  # [B, Q]
         mask = torch.cat([mask, fed], 1)  # [B, S]
@@ -242,16 +249,18 @@ def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, ke
         logits = forward(model, ids, mask, cache, at)  # [N, V], p(.|x, g^{<j}) for the g at hand
         parts = zip(logits.split(256), keys[key_row, j].split(256))  # the noise of all N at once would be large
         z = torch.cat([draw(*part, temperature) for part in parts]).tolist()  # [N]
+        changed = set()
         for (b, p), token in zip(spots, z):
             if seq[rows[b]][p] != token:
                 seq[rows[b]][p] = token
                 end[b] = min(end[b], p)  # the row's first change
-        good = torch.tensor(
-            [e - done[row] for row, e in zip(rows, end)], device=device
-        )  # [B], columns fed that are final
+                changed.add(b)
+        good = torch.tensor([e - done[row] for row, e in zip(rows, end)], device=device)  # [B], columns that are final
         mask[:, -ids.shape[1] :] = torch.arange(ids.shape[1], device=device) < good[:, None]
+        settled = sum(e - max(done[row], len(prompts[row])) for row, e in zip(rows, end))
         for row, e in zip(rows, end):
             done[row] = e
+        seen.saw(ids.numel(), time.perf_counter() - began, settled, len(changed))
         live = [b for b, row in enumerate(rows) if done[row] < todo[row][-1]]
         rows = [rows[b] for b in live]
         if rows:
@@ -284,9 +293,9 @@ def mix_segment(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, key
 METHODS = {"token": mix_token, "parallel": mix_parallel, "segment": mix_segment}
 # How many positions a pass of mix_parallel redraws, over all rows: with more there are fewer passes, of more tokens.
 # cpu: the best of 16 … 192, or near it, for the model of benchmarks/mixing.py on one core. A window of so many tokens
-# behind the last one redrawn, in place of the last final one, was slower. cuda, where a pass costs nearly the same for
-# hundreds of tokens: not yet measured.
-REDRAW = {"cpu": 32, "cuda": 1024}
+# behind the last one redrawn, in place of the last final one, was slower. On a device that is not named, windows are
+# chosen by what passes cost there (core/windows.py), after a first one of 1024.
+REDRAW = {"cpu": 32}
 
 
 def choose(beta: float) -> str:

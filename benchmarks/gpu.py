@@ -479,13 +479,15 @@ def decoding(found: Found, size: dict, args: argparse.Namespace) -> None:
 
     def mixing(method: str, window: int = 0) -> dict:
         kind, stats = model.device.type, {}
-        before = generate.REDRAW[kind]
+        before = dict(generate.REDRAW)
         try:
-            generate.REDRAW[kind] = window or before
+            if window:
+                generate.REDRAW[kind] = window
             mixed(method=method)
             seconds = timed(lambda: mixed(method=method, stats=stats))
         finally:
-            generate.REDRAW[kind] = before
+            generate.REDRAW.clear()
+            generate.REDRAW.update(before)
         return {"seconds": seconds, "forwards": stats["forwards"], "lengths": [prompt, longest]}
 
     for method in generate.METHODS:

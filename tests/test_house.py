@@ -11,7 +11,7 @@ FILES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("core/[!_]*
 STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo", "bon")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (
-    "noise kv_cache arrow ahead cut ranks flags batches rows latex verify verdicts",
+    "noise kv_cache windows arrow ahead cut ranks flags batches rows latex verify verdicts",
     "decode_step",
     "generate answers chat cache",
     "kinds data sums",
