@@ -268,6 +268,7 @@ class Fixed:
         self.asked, self.have = [0] * slots, [0] * slots  # tokens of its prompt, and drawn, at the last look
         self.rows = self.columns = self.room = 0  # slots and columns in use; columns of the buffers
         new = functools.partial(torch.zeros, slots, dtype=torch.int64, device=self.device)
+        self.number = torch.arange(slots, device=self.device)
         self.length, self.drawn, self.z = new(), new(), new()  # [slots]: tokens cached, tokens drawn, the last of them
         self.done = torch.ones(slots, dtype=torch.bool, device=self.device)
         self.tape = torch.zeros(slots, most, dtype=torch.int64, device=self.device)  # as in Leaving
@@ -308,7 +309,8 @@ class Fixed:
         self.columns = -(-longest // STEP) * STEP
         self.reserve(self.columns)
         for layer in self.cache.layers:
-            layer.rows, layer.end, layer.at = self.rows, self.columns, self.length[: self.rows]
+            layer.rows, layer.end = self.rows, self.columns
+            layer.row, layer.at = self.number[: self.rows], self.length[: self.rows]
         for _ in range(steps):
             if self.looks:
                 self.draw()

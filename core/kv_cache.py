@@ -52,6 +52,7 @@ class Slots(Columns):
     """A layer's keys and values in slots that do not move: row r of the buffers [R, H, C, d] holds a row's tokens from
     column 0 on, and a new token is written into column at[r]. In use are the first `rows` slots and `end` columns."""
 
+    row: Tensor  # int64 [rows]: 0, 1, ...
     at: Tensor  # int64 [rows]
 
     def __init__(self, slots: int, keys: Tensor, values: Tensor) -> None:
@@ -69,9 +70,8 @@ class Slots(Columns):
         self.values[slots, :, : values.shape[2]] = values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        row = torch.arange(self.rows, device=self.at.device)
         for t, new in ((self.keys, key_states), (self.values, value_states)):
-            t[row, :, self.at] = new[:, :, 0]  # [rows, H, d]
+            t[self.row, :, self.at] = new[:, :, 0]  # [rows, H, d]
         return self.used()
 
 

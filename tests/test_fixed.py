@@ -104,17 +104,23 @@ def test_graphs_on_a_gpu(arch):
             assert generate(lm, prompts, **args) == generate(lm, prompts, fixed=False, **args)
 
 
-def test_a_model_under_fsdp():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_under_fsdp(dtype):
     """Its hooks are passed by while its weights are whole, and are there again afterwards."""
     lm, prompts = model("llama"), ragged(8, 12)
     expected = generate(lm, prompts, fixed=False, **ARGS)
     try:
-        lm = fsdp.shard(lm)
+        lm = fsdp.shard(lm, dtype)
         with pytest.raises(ValueError, match="the model is sharded"):
             generate(lm, prompts, fixed=True, **ARGS)
         hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in lm.modules()]
         with fsdp.inference(lm):
-            assert generate(lm, prompts, fixed=True, **ARGS) == expected
+            rows = generate(lm, prompts, fixed=True, **ARGS)
+            leaving = generate(lm, prompts, fixed=False, **ARGS)
+        if dtype == "float32":
+            assert rows == leaving == expected
+        else:  # the same but for rounding, as with another batch size
+            assert sum(a[:3] == b[:3] for (a,), (b,) in zip(rows, leaving)) >= len(rows) - 1
         assert hooks == [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in lm.modules()]
         assert sum(map(sum, hooks)) > 2
         lm(input_ids=torch.tensor([prompts[0]]), use_cache=False).logits.sum().backward()
