@@ -18,6 +18,8 @@ harm.
         row 0     pad  pad  x^1  x^2 | y^1  y^2  y^3           mask       0 0 1 1 1 1 1
         row 1     x^1  x^2  x^3  x^4 | y^1                     positions  0 0 0 1 2 3 4
 
+(On a GPU `generate` holds its rows in buffers of fixed shapes instead, each from column 0 on: core/decode_step.py.)
+
 **Noise that belongs to the token, not to the run.** A draw is argmax(logits + T · Gumbel), and the Gumbel noise of a
 token is a hash of (seed, example id, sample, position, vocabulary entry). So batch size, order, padding, number of
 ranks and method do not change what is drawn, and a run can be repeated, or split, at will. (As far as the logits
@@ -36,119 +38,26 @@ the next drawn position ("segment"). Both give, in float32, the very tokens of t
 
 from __future__ import annotations
 
-import functools
-import inspect
+import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from core.kv_cache import Columns, close_gaps, join, keep_rows
+from core.decode_step import Fixed, Leaving, decoding, feed, fixed_shapes, forward, pad, prefill, right_aligned
+from core.decode_step import known as known  # of rac.py's labels, too
+from core.kv_cache import Columns, close_gaps, keep_rows
 from core.noise import draw, noise_keys
+from core.windows import windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Rows = list[list[int]]  # token ids, one list a row
-
-# ------------------------------------------------------------------------------------------------------------ the model
-
-
-@contextmanager
-def decoding(model: PreTrainedModel, stats: dict | None) -> Iterator[torch.device]:
-    """eval mode (in train mode gradient checkpointing turns the cache off) and no_grad inside; all flags restored.
-
-    no_grad, not inference_mode, so that it also runs inside FSDP. Counts forwards and tokens fed into `stats`.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    stats = {} if stats is None else stats
-
-    def count(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        stats["forwards"] = stats.get("forwards", 0) + 1
-        stats["columns"] = stats.get("columns", 0) + kwargs["input_ids"].numel()
-
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        hook.remove()
-        for module, training in modes:
-            module.training = training
-
-
-def pad(rows: Rows, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
-    """Ragged rows -> ids and mask, both int64 [B, W], with 0 where there is no token."""
-    width = max(map(len, rows))
-    ids = [[0] * (width - len(row)) * left + row + [0] * (width - len(row)) * (not left) for row in rows]
-    lengths = torch.tensor([[len(row)] for row in rows], device=device)  # [B, 1]
-    column = torch.arange(width, device=device)  # [W]
-    mask = column >= width - lengths if left else column < lengths
-    return torch.tensor(ids, dtype=torch.int64, device=device), mask.long()
-
-
-def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, at: Tensor | None = None) -> Tensor:
-    """Feeds ids [B, Q] behind the cached columns [B, S - Q]; mask [B, S] covers both. -> the logits [N, V] where `at`
-    (bool [B, Q]) is true, in row order; without it those of the last column, [B, V]. [B, Q, V] is never made."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [B, Q]; padding on the left has no position
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    inputs |= {cache_name(type(model)): cache, "use_cache": True}
-    if at is None:
-        return known(model, model(**inputs, logits_to_keep=1).logits[:, -1])  # [B, V]
-    # [B, Q, d] -> [1, N, d] at the door of the output matrix
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][at][None],))
-    try:
-        return known(model, model(**inputs).logits[0])  # [N, V]
-    finally:
-        hook.remove()
-
-
-def known(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """The logits [..., V], -inf (in place) at the ids in `model.absent`, if any: a vocabulary that is padded beyond the
-    tokenizer's has ids that are no token."""
-    absent = getattr(model, "absent", None)
-    return logits if absent is None else logits.index_fill_(-1, absent, -torch.inf)
-
-
-@functools.cache
-def cache_name(kind: type) -> str:
-    """What the forward of a class of models calls its cache: the name changes with transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
-
-
-def prefill(model: PreTrainedModel, prompts: Rows, device: torch.device) -> tuple[Tensor, Tensor, Cache]:
-    """One forward over the prompts, equal neighbours once -> last logits [B, V], lengths [B], cache, all of B rows."""
-    different = [b == 0 or prompts[b] is not prompts[b - 1] for b in range(len(prompts))]
-    ids, mask = pad([prompt for prompt, new in zip(prompts, different) if new], device, left=True)  # [B', P]
-    cache = Cache(layer_class_to_replicate=Columns)
-    logits, length = forward(model, ids, mask, cache), mask.sum(1)  # [B', V], [B']
-    if any(layer.get_seq_length() != ids.shape[1] for layer in cache.layers) or not cache.layers:
-        raise ValueError(f"{type(model).__name__} does not keep keys and values of each token, and cannot be decoded")
-    if logits.isnan().any():
-        raise ValueError("the model's logits are NaN: its weights are broken, or too large for --dtype")
-    if not all(different):
-        copy = torch.tensor(different, device=device).cumsum(0) - 1  # [B]
-        for layer in cache.layers:
-            layer.hold(*(t.index_select(0, copy) for t in layer.used()))
-        logits, length = logits[copy], length[copy]
-    return logits, length, cache
-
-
-def right_aligned(length: Tensor, width: int) -> Tensor:
-    """The mask, int64 [B, width], of rows of these lengths (int64 [B]) that are padded on the left."""
-    return (torch.arange(width, device=length.device) >= width - length[:, None]).long()
-
-
-def feed(model: PreTrainedModel, tokens: Tensor, length: Tensor, cache: Cache) -> Tensor:
-    """One token [B] behind the `length` tokens [B] of each row in the cache -> the logits [B, V] after it."""
-    return forward(model, tokens[:, None], right_aligned(length + 1, cache.get_seq_length() + 1), cache)
-
 
 # ------------------------------------------------------------------------------------------------ plain sampling: Eq. 2
 
@@ -170,6 +79,7 @@ def generate(
     batch_size: int = 64,
     stats: dict | None = None,
     each: Callable[[int, Rows], None] | None = None,
+    fixed: bool | None = None,
 ) -> list[Rows]:
     """z ~ p(.|x), token by token (Eq. 2): n samples for each prompt.
 
@@ -182,6 +92,8 @@ def generate(
     batch_size      how many samples are decoded at once (memory and speed, not the result)
     stats           a dict that receives "forwards" and "columns" (tokens fed, padding included)
     each            called with a prompt's index and its samples as soon as these are finished; nothing is returned then
+    fixed           rows in buffers of fixed shapes, on a GPU as a CUDA graph; by default so on a GPU, where the model
+                    allows it (see core/decode_step.py). The tokens are the same
 
     Returns, in the order of the prompts, a list of n lists of token ids for each. Raises ValueError on bad input.
     """
@@ -201,42 +113,29 @@ def generate(
         for i in order:
             each(i, [[] for _ in range(n)])
     samples: dict[int, dict[int, list[int]]] = {}  # of the prompts that are not finished, those that are
-    batch: list[tuple[int, int]] = []  # the rows being decoded: (prompt, sample), and for each of them
-    logits = length = step = tape = cache = None  # [B, V], tokens cached [B], tokens drawn [B], [B, max_new_tokens]
+
+    def pick(logits: Tensor, keys: Tensor) -> Tensor:
+        return draw(logits, keys, temperature, top_p, top_k)
+
+    stats = {} if stats is None else stats
     with decoding(model, stats) as device:
         ends = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
-        while waiting or batch:
-            if waiting and len(batch) <= batch_size * REFILL:  # there is room for rows that wait
-                new = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(batch)))]
+        if fixed_shapes(model, device, fixed):
+            looks = temperature > 0 and top_p < 1  # the nucleus is a loop that looks at what it drew
+            rows = Fixed(model, pick, ends, max_new_tokens, min(batch_size, len(waiting)), looks, stats)
+        else:
+            rows = Leaving(model, pick, ends, max_new_tokens)
+        while waiting or rows.names:
+            if waiting and len(rows.names) <= batch_size * REFILL:  # there is room for rows that wait
+                new = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(rows.names)))]
                 texts = {i: prompts[i] for i, _ in new}
                 keys = noise_keys(seed, [ids[i] for i, _ in new], [s for _, s in new], max_new_tokens).to(device)
-                new_logits, new_length, new_cache = prefill(model, [texts[i] for i, _ in new], device)
-                state = (new_logits, new_length, torch.zeros_like(new_length), keys)
-                if batch:
-                    join(cache, new_cache)
-                    state = (torch.cat(pair) for pair in zip((logits, length, step, tape), state))
-                else:
-                    cache = new_cache
-                logits, length, step, tape = state
-                batch = batch + new
-            at = step[:, None]
-            z = draw(logits, tape.gather(1, at)[:, 0], temperature, top_p, top_k)  # [B], z^j ~ p(.|x, z^{<j})
-            tape.scatter_(1, at, z[:, None])  # a key is used once: its token takes its place
-            step = step + 1
-            done = ((step == max_new_tokens) | torch.isin(z, ends)).tolist()
-            if any(done):  # finished rows leave
-                for (i, s), row, drawn, gone in zip(batch, tape, step, done):
-                    if gone:
-                        found = samples.setdefault(i, {})
-                        found[s] = row[:drawn].tolist()
-                        if len(found) == n:
-                            each(i, [tokens for _, tokens in sorted(samples.pop(i).items())])
-                order = keep_rows(cache, [b for b, gone in enumerate(done) if not gone], length)
-                z, length, step, tape = (t[order] for t in (z, length, step, tape))
-                batch = [batch[b] for b in order]
-            if batch:
-                logits = feed(model, z, length, cache)  # [B, V]
-                length = length + 1
+                rows.admit(new, [texts[i] for i, _ in new], keys)
+            for (i, sample), tokens in rows.advance():
+                found = samples.setdefault(i, {})
+                found[sample] = tokens
+                if len(found) == n:
+                    each(i, [tokens for _, tokens in sorted(samples.pop(i).items())])
     return out
 
 
@@ -332,8 +231,13 @@ def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, ke
     share = sum(map(len, drawn)) / sum(positions[-1] + 1 for positions in drawn)  # about β
     done = [0] * len(g)  # how many tokens of `seq` are final and cached
     cache, mask = Cache(layer_class_to_replicate=Columns), torch.zeros(len(g), 0, dtype=torch.int64, device=device)
+    seen = windows_of(model)
     while rows:
-        window = 1 + int(REDRAW.get(device.type, REDRAW["cuda"]) / (share * len(rows)))
+        began = time.perf_counter()
+        if device.type in REDRAW or not seen.seconds:
+            window = 1 + int(REDRAW.get(device.type, 1024) / (share * len(rows)))
+        else:
+            window = seen.choose(len(rows))
         end = [min(max(done[row], len(prompts[row])) + window, todo[row][-1]) for row in rows]  # feed seq[done : end]
         ids, fed = pad([seq[row][done[row] : e] for row, e in zip(rows, end)], device, left=False)  # [B, Q]
         mask = torch.cat([mask, fed], 1)  # [B, S]
@@ -345,16 +249,18 @@ def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, ke
         logits = forward(model, ids, mask, cache, at)  # [N, V], p(.|x, g^{<j}) for the g at hand
         parts = zip(logits.split(256), keys[key_row, j].split(256))  # the noise of all N at once would be large
         z = torch.cat([draw(*part, temperature) for part in parts]).tolist()  # [N]
+        changed = set()
         for (b, p), token in zip(spots, z):
             if seq[rows[b]][p] != token:
                 seq[rows[b]][p] = token
                 end[b] = min(end[b], p)  # the row's first change
-        good = torch.tensor(
-            [e - done[row] for row, e in zip(rows, end)], device=device
-        )  # [B], columns fed that are final
+                changed.add(b)
+        good = torch.tensor([e - done[row] for row, e in zip(rows, end)], device=device)  # [B], columns that are final
         mask[:, -ids.shape[1] :] = torch.arange(ids.shape[1], device=device) < good[:, None]
+        settled = sum(e - max(done[row], len(prompts[row])) for row, e in zip(rows, end))
         for row, e in zip(rows, end):
             done[row] = e
+        seen.saw(ids.numel(), time.perf_counter() - began, settled, len(changed))
         live = [b for b, row in enumerate(rows) if done[row] < todo[row][-1]]
         rows = [rows[b] for b in live]
         if rows:
@@ -387,9 +293,9 @@ def mix_segment(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, key
 METHODS = {"token": mix_token, "parallel": mix_parallel, "segment": mix_segment}
 # How many positions a pass of mix_parallel redraws, over all rows: with more there are fewer passes, of more tokens.
 # cpu: the best of 16 … 192, or near it, for the model of benchmarks/mixing.py on one core. A window of so many tokens
-# behind the last one redrawn, in place of the last final one, was slower. cuda, where a pass costs nearly the same for
-# hundreds of tokens: not yet measured.
-REDRAW = {"cpu": 32, "cuda": 1024}
+# behind the last one redrawn, in place of the last final one, was slower. On a device that is not named, windows are
+# chosen by what passes cost there (core/windows.py), after a first one of 1024.
+REDRAW = {"cpu": 32}
 
 
 def choose(beta: float) -> str:

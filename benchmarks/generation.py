@@ -7,7 +7,7 @@
     dynamic        model.generate, batch after batch; each runs until its last row has ended
     static         the same with cache_implementation="static" (on a GPU transformers compiles it)
     continuous     model.generate_batch: transformers' continuous batching, all prompts at once
-    floor          the forwards of generate.generate alone: what is left of its time without everything around the model
+    floor          the forwards of generate.generate alone (on a CPU): its time without everything around the model
 
 Random weights must not decide the lengths, so the prompt does: its last token is the number of tokens to come, and a
 hook adds 10000 to the logit of "one less than the last token" in every forward, on all sides alike. So each row counts
@@ -96,7 +96,8 @@ def sides(model, prompts: list[list[int]], batch: int, longest: int) -> dict[str
     return {"generate": ours, "dynamic": theirs, "static": lambda: theirs(**static), "continuous": continuous}
 
 
-def measure(model, args: argparse.Namespace) -> dict:
+def measure(model, args: argparse.Namespace, keep: Callable[[dict], None] = lambda found: None) -> dict:
+    """keep: gets what is measured so far, after each side of each repetition."""
     rng, longest, seconds = random.Random(0), args.response[1], []
     words = range(longest + 1, model.config.vocab_size)  # none of them is a number of tokens to come
     expected = [rng.randint(*args.response) for _ in range(args.prompts)]
@@ -120,7 +121,7 @@ def measure(model, args: argparse.Namespace) -> dict:
         if name in failed:
             continue
         try:
-            if name == "generate":  # it looks at every token anyway: waiting for a forward costs it nothing
+            if name == "generate" and model.device.type == "cpu":  # on a GPU a step is a graph, which has no forward
                 seconds.clear()
                 model.forward = timed
             start = now()
@@ -132,9 +133,14 @@ def measure(model, args: argparse.Namespace) -> dict:
                 raise
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         model.forward = plain
-        if name == "generate" and repetition:
+        if name == "generate" and repetition and seconds:
             times.setdefault("floor", []).append(sum(seconds))
+        keep(summary(times, expected, failed))
     hook.remove()
+    return summary(times, expected, failed)
+
+
+def summary(times: dict[str, list[float]], expected: list[int], failed: dict[str, str]) -> dict:
     median = {name: statistics.median(t) for name, t in times.items()}
     ratio = {name: statistics.median(a / b for a, b in zip(t, times["generate"])) for name, t in times.items()}
     speed = {name: sum(expected) / t for name, t in median.items()}

@@ -35,7 +35,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
 
@@ -96,10 +95,12 @@ def make_model(folder: str, args: argparse.Namespace) -> int:
 
 
 def start(job: dict, rows: int, out: str) -> ddp_utils.Run:
-    """A Run as the stages make it."""
+    """A Run as the stages make it. The job names a model's folder, or how to make a model and its tokenizer."""
     flags = f"--task toy --dtype {job['dtype']} --checkpoint-every 0 --batch-size {rows} --out {out}"
     flags += f" --micro-batch-size {job['micro_batch_size']} --model {job['folder']}"
     args = stage.parser("").parse_args(flags.split())
+    if "make" in job:
+        return ddp_utils.Run(args, job["make"](), job["tokenizer"])
     return ddp_utils.Run(args, fsdp.load_model(job["folder"], job["dtype"]), fsdp.load_tokenizer(job["folder"]))
 
 
@@ -137,14 +138,20 @@ def theirs(side: str, job: dict, rows: list[dict], out: str) -> dict:
     options |= {"optim": "adamw_torch_fused", "learning_rate": 5e-6, "logging_steps": 1, "save_strategy": "no"}
     options |= {"report_to": "none", "bf16": FLOAT == "bfloat16", "use_cpu": not CUDA, **PEERS[side]}
     rows = [{"input_ids": r["x"] + r["y"], "labels": [-100] * len(r["x"]) + r["y"]} for r in rows]
-    model = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32)
-    common = {"processing_class": fsdp.load_tokenizer(job["folder"]), "train_dataset": datasets.Dataset.from_list(rows)}
+    if "make" in job:
+        model, tokenizer = job["make"](), job["tokenizer"]
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32)
+        tokenizer = fsdp.load_tokenizer(job["folder"])
+    common = {"processing_class": tokenizer, "train_dataset": rows}  # a Trainer takes a list
     meter = Meter()
     clock = type("Clock", (transformers.TrainerCallback,), {"on_train_begin": meter.stamp, "on_step_end": meter.stamp})
     common |= {"model": model, "callbacks": [clock()]}
     if side.startswith("TRL"):
+        import datasets
         from trl import SFTConfig, SFTTrainer
 
+        common["train_dataset"] = datasets.Dataset.from_list(rows)
         trainer = SFTTrainer(args=SFTConfig(**options, max_length=None), **common)
     else:
         common["data_collator"] = transformers.DataCollatorForSeq2Seq(common["processing_class"])

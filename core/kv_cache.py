@@ -48,6 +48,33 @@ class Columns(DynamicLayer):
         return keys, values
 
 
+class Slots(Columns):
+    """A layer's keys and values in slots that do not move: row r of the buffers [R, H, C, d] holds a row's tokens from
+    column 0 on, and a new token is written into column at[r]. In use are the first `rows` slots and `end` columns."""
+
+    row: Tensor  # int64 [rows]: 0, 1, ...
+    at: Tensor  # int64 [rows]
+
+    def __init__(self, slots: int, keys: Tensor, values: Tensor) -> None:
+        """Empty buffers for keys and values like these, [., H, ., d]."""
+        super().__init__()
+        self.hold(*(t.new_zeros(slots, t.shape[1], 0, t.shape[3]) for t in (keys, values)))
+
+    def grow(self, columns: int) -> None:
+        # zeros, not anything: what is masked is multiplied by 0, and a NaN would stay one
+        self.keys, self.values = (F.pad(t, (0, 0, 0, columns - t.shape[2])) for t in (self.keys, self.values))
+
+    def put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keys and values [N, H, S, d] of N rows into the slots [N], from column 0 on."""
+        self.keys[slots, :, : keys.shape[2]] = keys
+        self.values[slots, :, : values.shape[2]] = values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        for t, new in ((self.keys, key_states), (self.values, value_states)):
+            t[self.row, :, self.at] = new[:, :, 0]  # [rows, H, d]
+        return self.used()
+
+
 def keep_rows(cache: Cache, rows: list[int], length: Tensor) -> list[int]:
     """Keeps these rows (ascending), and the columns that their lengths need, in place: only rows behind the new end are
     moved, into the places of those that leave -> the rows in their new order."""

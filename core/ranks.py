@@ -12,6 +12,7 @@ imports each, which `--help` and a mistyped flag need not wait for.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -35,11 +36,13 @@ BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 @functools.cache
 def init() -> torch.device:
     """Joins the process group that torchrun describes (if any) and returns this rank's device."""
-    import datasets
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")  # it works without a process group
-    datasets.disable_progress_bars()  # one bar at a time: our own
+    with contextlib.suppress(ImportError):  # the benchmarks of a GPU run without it
+        import datasets
+
+        datasets.disable_progress_bars()  # one bar at a time: our own
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # fsdp.load_model says itself, in one line, which weights are missing
     if torch.cuda.is_available():

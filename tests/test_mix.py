@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from core.noise import draw, noise_keys
+from core.windows import Windows, windows_of
 from generate import REDRAW, coins, generate, mix
 from test_generate import V, chi_square_ok, next_logits, ragged
 from tiny import ARCHS, model
@@ -210,6 +211,37 @@ def test_the_window_of_a_parallel_pass_changes_nothing(arch, redraw, monkeypatch
     reference = mix(lm, prompts, ys, beta=0.3, method="token")
     monkeypatch.setitem(REDRAW, "cpu", redraw)  # windows of one token up to the whole response
     assert mix(lm, prompts, ys, beta=0.3, method="parallel") == reference
+
+
+@pytest.mark.parametrize("arch", ["gpt_neox", "mistral"])
+def test_windows_by_measured_cost_change_nothing(arch, monkeypatch):
+    lm, (prompts, ys) = model(arch), pairs()
+    reference = mix(lm, prompts, ys, beta=0.3, method="token")
+    monkeypatch.delitem(REDRAW, "cpu")
+    for batch_size in (64, 2, 1):
+        assert mix(lm, prompts, ys, beta=0.3, method="parallel", batch_size=batch_size) == reference
+    seen = windows_of(lm)
+    assert 2 <= len(seen.seconds) and 0 < seen.changes <= seen.settled
+
+
+@pytest.mark.parametrize("h", [0.02, 0.2])
+@pytest.mark.parametrize("flat", [0, 500, 20000])
+def test_the_window_is_near_the_best(h, flat):
+    """Passes that cost `flat` + tokens, over 16 rows of which a column changes with probability h."""
+    seen, rng, rows = Windows(), random.Random(0), 16
+
+    def cost(tokens):
+        return (flat + tokens) * 1e-6
+
+    def rate(w):
+        return (1 - (1 - h) ** w) / h / cost(rows * w)
+
+    w = 64
+    for _ in range(150):
+        first = [next((j for j in range(1, w + 1) if rng.random() < h), None) for _ in range(rows)]
+        seen.saw(rows * w, cost(rows * w), sum(j or w for j in first), sum(j is not None for j in first))
+        w = seen.choose(rows)
+    assert rate(w) > 0.85 * max(rate(2**k) for k in range(13))
 
 
 @pytest.mark.parametrize("method", METHODS)
