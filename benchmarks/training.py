@@ -105,7 +105,7 @@ def start(job: dict, rows: int, out: str) -> ddp_utils.Run:
 
 
 def ours(side: str, job: dict, rows: list[dict], out: str) -> dict:
-    run, columns, joint = start(job, len(rows), out), [], job["joint"]
+    run, columns, joint = start(job, len(rows), out), [], job.get("joint", side in JOINT)
     if side == "--packed" and (why := packed.prepare(run.model)):
         sys.exit(f"--packed: {why}")
     run.model.register_forward_pre_hook(lambda *a: columns.append(a[2]["input_ids"].numel()), with_kwargs=True)

@@ -68,8 +68,8 @@ def load_model(
     The weights are read in float32 whatever their file says (a bf16 checkpoint would silently mean bf16 Adam moments),
     by rank 0 alone: the others never hold a whole model. shard_size, lock_step: see `shard` and `inference`. recompute:
     activation checkpointing of each block; compile: torch.compile of each block; both in training passes only.
-    attention: transformers' attn_implementation (None: its choice). adapter: of LoRA, to be put in; then the weights are
-    frozen, and kept in `dtype` itself.
+    attention: transformers' attn_implementation (None: its choice). adapter: of LoRA, to be put in; then the weights
+    are frozen, and kept in `dtype` itself.
     """
     from transformers import AutoModelForCausalLM
 
