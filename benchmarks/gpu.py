@@ -30,6 +30,7 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import random
 import signal
 import statistics
@@ -89,7 +90,7 @@ class Found:
     """What a part has measured so far, in its file."""
 
     def __init__(self, part: str, args: argparse.Namespace) -> None:
-        self.path = Path(args.out)
+        self.path, self.only = Path(args.out), args.only
         self.path.parent.mkdir(parents=True, exist_ok=True)
         about = {"part": part, "size": args.size, "torch": torch.__version__, "transformers": transformers.__version__}
         about |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "seconds": 0.0, "whole": False}
@@ -104,6 +105,8 @@ class Found:
 
     def row(self, name: str, work: Callable[[], dict]) -> dict:
         """A measurement, or why there is none."""
+        if self.only and not any(words in name for words in self.only.split("|")):
+            return {}
         try:
             row = work()
         except (Exception, SystemExit) as error:  # one that fails must not take the others along
@@ -694,6 +697,7 @@ def main() -> None:
     p.add_argument("files", nargs="*", help="of report: what the parts wrote")
     p.add_argument("--out", help="the file of a part")
     p.add_argument("--size", choices=SIZES, default="full")
+    p.add_argument("--only", default=os.environ.get("ONLY"), help="rows whose names have one of WORDS|WORDS|... in them")
     p.add_argument("--sure", type=float, default=0.4, help="the chance of the token that follows in the text")
     args = p.parse_args()
     if args.part == "report":
