@@ -697,7 +697,7 @@ def main() -> None:
     p.add_argument("files", nargs="*", help="of report: what the parts wrote")
     p.add_argument("--out", help="the file of a part")
     p.add_argument("--size", choices=SIZES, default="full")
-    p.add_argument("--only", default=os.environ.get("ONLY"), help="rows whose names have one of WORDS|WORDS|... in them")
+    p.add_argument("--only", default=os.environ.get("ONLY"), help="rows whose names have one of A|B|... in them")
     p.add_argument("--sure", type=float, default=0.4, help="the chance of the token that follows in the text")
     args = p.parse_args()
     if args.part == "report":
