@@ -297,7 +297,7 @@ def command_of(name, base, out, *more):
 
 @pytest.fixture(scope="module")
 def two(base, tmp_path_factory):
-    """All of RUNS on two ranks, with small micro-batches and recomputed activations."""
+    """All of RUNS on two ranks, with small micro-batches and recomputed activations, one of them packed."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -306,7 +306,8 @@ def two(base, tmp_path_factory):
     theirs.save_pretrained(base / "adapter")
     folder = tmp_path_factory.mktemp("two")
     flags = ("--micro-batch-size", 1, "--activation-checkpointing")
-    (folder / "runs.json").write_text(json.dumps([command_of(name, base, folder, *flags) for name in RUNS]))
+    more = {name: [*flags, "--packed"] if name == "bash" else flags for name in RUNS}
+    (folder / "runs.json").write_text(json.dumps([command_of(name, base, folder, *more[name]) for name in RUNS]))
     launch(HERE / "lora_runs.py", folder / "runs.json", ranks=2)
     return folder
 
