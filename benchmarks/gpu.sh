@@ -29,8 +29,13 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
     [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
 fi
-SMALL=${SMALL:-} OUT=${OUT:-$([ -n "$SMALL" ] && echo out-gpu-small || echo results/gpu)} PARTS=${PARTS:-1 2 3 4 5 6}
-case $SMALL in '' | 0) SIZE=full ;; 1) SIZE=small ;; tiny) SIZE=tiny ;; *) echo "gpu.sh: SMALL is 1 or unset, not $SMALL" >&2; exit 2 ;; esac
+case ${SMALL:-} in
+    '' | 0) SIZE=full OUT=${OUT:-results/gpu} ;;
+    1) SIZE=small OUT=${OUT:-out-gpu-small} ;;
+    tiny) SIZE=tiny OUT=${OUT:-out-gpu-small} ;;
+    *) echo "gpu.sh: SMALL is 1 or unset, not $SMALL" >&2; exit 2 ;;
+esac
+PARTS=${PARTS:-1 2 3 4 5 6}
 NAMES=(- equality joint decoding sft study profile)
 LIMITS=(- 90 150 200 50 60 40) # ten minutes in all
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
