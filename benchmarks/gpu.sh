@@ -10,7 +10,7 @@
 #
 # Needs torch, transformers, numpy, tqdm, pyarrow and this repository; no network, and no data: rows are made here.
 # Override with environment variables:
-#     OUT=results/gpu    where the files go             PARTS="1 3"     some of the parts, in this order
+#     OUT=results/gpu    where the files go (SMALL: out-gpu-small)     PARTS="1 3"     some of the parts, in this order
 #     LIMIT_1=100 ...    seconds for a part             ONLY="SCS|joint"    some rows of a part, by their names
 #     PYTHON          the interpreter (default: .venv's or python3)
 #     MODEL=FOLDER       of part 5: a small pretrained model, such as tools/smollm2.py makes (SEEDS, TRAIN, ... as in
@@ -29,8 +29,13 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
     [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python
 fi
-SMALL=${SMALL:-} OUT=${OUT:-results/gpu${SMALL:+-small}} PARTS=${PARTS:-1 2 3 4 5 6}
-case $SMALL in '' | 0) SIZE=full ;; 1) SIZE=small ;; tiny) SIZE=tiny ;; *) echo "gpu.sh: SMALL is 1 or unset, not $SMALL" >&2; exit 2 ;; esac
+case ${SMALL:-} in
+    '' | 0) SIZE=full OUT=${OUT:-results/gpu} ;;
+    1) SIZE=small OUT=${OUT:-out-gpu-small} ;;
+    tiny) SIZE=tiny OUT=${OUT:-out-gpu-small} ;;
+    *) echo "gpu.sh: SMALL is 1 or unset, not $SMALL" >&2; exit 2 ;;
+esac
+PARTS=${PARTS:-1 2 3 4 5 6}
 NAMES=(- equality joint decoding sft study profile)
 LIMITS=(- 90 150 200 50 60 40) # ten minutes in all
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # at the end: there is a data.py in it, too
 
 
 def call(out: Path, **env: str) -> subprocess.CompletedProcess:
