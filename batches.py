@@ -52,14 +52,22 @@ def pad_responses(responses: list[list[int]], device: torch.device | str = "cpu"
     return ids, torch.arange(length, device=device) < sizes[:, None]
 
 
+def width_of(prompts: Rows) -> int:
+    """Of the longest. Raises ValueError where one is empty: padding would predict the first token behind it."""
+    if not all(prompts):
+        raise ValueError(f"prompt {[bool(prompt) for prompt in prompts].index(False)} of a batch is empty")
+    return max(map(len, prompts))
+
+
 def batch(prompts: list[list[int]], responses: list[list[int]], device: torch.device | str = "cpu") -> Batch:
     """Pads B prompts and responses (token ids) into the layout. An empty response gives a row without loss tokens.
 
     Example: x = [[5, 6, 7], [8]], y = [[1, 2], [3, 4]] gives
         input_ids      5 6 7 1      attention_mask 1 1 1 1      position_ids 0 1 2 3      y 1 2
                        0 0 8 3                     0 0 1 1                   0 0 0 1        3 4
+    Raises ValueError where a prompt is empty: nothing would predict what follows it.
     """
-    width = max(map(len, prompts))
+    width = width_of(prompts)
     y, mask = pad_responses(responses, device)
     x = torch.tensor([[*[0] * (width - len(x)), *x] for x in prompts], dtype=torch.long, device=device)
     sizes = torch.tensor([len(x) for x in prompts], device=device)
@@ -144,7 +152,7 @@ def losses(
     made = None
     if not getattr(model, "changes_logits", False):
         head = model.get_output_embeddings()
-        plain = head.forward
+        plain, its_own = head.forward, head.__dict__.get("forward")  # one that somebody has put there before
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:  # [B, S, d], at the door of the output matrix
             nonlocal made
@@ -156,7 +164,10 @@ def losses(
             model.changes_logits = model(**inputs, use_cache=False).logits is not made
         finally:
             del head.forward
+            if its_own:
+                head.forward = its_own
     if model.changes_logits:  # then only whole logits will do
+        made = None  # and with it the pass in vain
         made = sums(lambda logits: logits, model(**inputs, use_cache=False).logits)
     return dict(zip(terms, made, strict=True))
 
@@ -213,8 +224,9 @@ def pack(
     Example: prompts [[5, 6], [8]] with segments [[1, 2], [3, 4, 7]] and [[9, 9], [2]] gives
         input_ids  5 6 1 3 4    position_ids  0 1 2 2 3    and a 4-D mask by which 1 does not see 3 and 4, and so on
                    0 8 9 0 0                  0 0 1 1 2    columns  [1, 2, ...] and [1, 3, 4, ...]
+    Raises ValueError where a prompt is empty.
     """
-    width = max(map(len, prompts))
+    width = width_of(prompts)
     widths = [max(max(len(row[s]) for row in segments) - 1, 0) for s in range(len(segments[0]))]
     starts = [width + sum(widths[:s]) for s in range(len(widths) + 1)]
     ids, position, real = torch.zeros(3, len(prompts), starts[-1], dtype=torch.long)  # [B, S] each

@@ -41,13 +41,14 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from core import decode_step
 from core.decode_step import Fixed, Leaving, decoding, feed, fixed_shapes, forward, pad, prefill, right_aligned
 from core.decode_step import known as known  # of rac.py's labels, too
 from core.kv_cache import Columns, close_gaps, keep_rows
@@ -102,7 +103,7 @@ def generate(
         raise ValueError(f"top_p must be in (0, 1], not {top_p}")
     if top_k < 0 or n < 1:
         raise ValueError(f"top_k must be at least 0 and n at least 1, not {top_k} and {n}")
-    eos = set() if eos_token_id is None else {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    eos = {*eos_token_id} if isinstance(eos_token_id, Iterable) else {eos_token_id} - {None}
     out: list[Rows] = [[] for _ in range(0 if each else len(prompts))]
     each = each or out.__setitem__
     lengths = [len(prompt) for prompt in prompts]
@@ -214,7 +215,8 @@ def mix_token(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, keys:
         if not live:
             return
         length = length[keep_rows(cache, live, length)]  # the first so many: nothing is moved
-        logits = feed(model, torch.tensor([g[row][j] for row in live], device=keys.device), length, cache)
+        z = torch.tensor([g[row][j] for row in live], device=keys.device)
+        logits = decode_step.checked(feed(model, z, length, cache))
         length = length + 1
 
 
@@ -246,7 +248,8 @@ def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, ke
         at_row, at_column, key_row, j = torch.tensor(index, dtype=torch.int64, device=device).view(-1, 4).T  # [N] each
         at = torch.zeros_like(ids, dtype=torch.bool)  # [B, Q]
         at[at_row, at_column] = True
-        logits = forward(model, ids, mask, cache, at)  # [N, V], p(.|x, g^{<j}) for the g at hand
+        logits = decode_step.checked(forward(model, ids, mask, cache, at))  # [N, V], p(.|x, g^{<j}) for the g at hand
+        decode_step.check_cache(model, cache, mask.shape[1])
         parts = zip(logits.split(256), keys[key_row, j].split(256))  # the noise of all N at once would be large
         z = torch.cat([draw(*part, temperature) for part in parts]).tolist()  # [N]
         changed = set()
@@ -287,7 +290,7 @@ def mix_segment(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, key
         ids, fed = pad([g[row][drawn[row][k] : drawn[row][k + 1]] for row in rows], device, left=False)  # [B, Q]
         mask = torch.cat([mask, fed], 1)  # [B, S]
         at = fed.cumsum(-1).eq(fed.sum(-1, keepdim=True)) & fed.bool()  # [B, Q], the last token of each row
-        logits = forward(model, ids, mask, cache, at)  # [B, V]
+        logits = decode_step.checked(forward(model, ids, mask, cache, at))  # [B, V]
 
 
 METHODS = {"token": mix_token, "parallel": mix_parallel, "segment": mix_segment}
@@ -320,7 +323,7 @@ def check(
     ids = list(range(len(prompts))) if ids is None else list(ids)
     if len(ids) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(ids)} ids")
-    if temperature < 0:
+    if not temperature >= 0:  # NaN, too
         raise ValueError(f"temperature must be at least 0, not {temperature}")
     if batch_size < 1 or min(lengths, default=0) < 0:
         raise ValueError("batch_size must be at least 1 and max_new_tokens at least 0")

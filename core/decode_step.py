@@ -101,6 +101,20 @@ def known(model: PreTrainedModel, logits: Tensor) -> Tensor:
     return logits if absent is None else logits.index_fill_(-1, absent, -torch.inf)
 
 
+def checked(logits: Tensor) -> Tensor:
+    """The logits. Raises ValueError where they are NaN, which a draw would take for token 0. (A row's NaN stays in its
+    keys and values: its last logits show all.)"""
+    if logits.isnan().any():
+        raise ValueError("the model's logits are NaN: its weights are broken, or too large for --dtype")
+    return logits
+
+
+def check_cache(model: PreTrainedModel, cache: Cache, width: int) -> None:
+    """Raises ValueError where the model has not put `width` columns of keys and values into each layer."""
+    if any(layer.get_seq_length() != width for layer in cache.layers) or not cache.layers:
+        raise ValueError(f"{type(model).__name__} does not keep keys and values of each token, and cannot be decoded")
+
+
 @functools.cache
 def cache_name(kind: type) -> str:
     """What the forward of a class of models calls its cache: the name changes with transformers 5.24."""
@@ -113,10 +127,8 @@ def prefill(model: PreTrainedModel, prompts: Rows, device: torch.device) -> tupl
     ids, mask = pad([prompt for prompt, new in zip(prompts, different) if new], device, left=True)  # [B', P]
     cache = Cache(layer_class_to_replicate=Columns)
     logits, length = forward(model, ids, mask, cache), mask.sum(1)  # [B', V], [B']
-    if any(layer.get_seq_length() != ids.shape[1] for layer in cache.layers) or not cache.layers:
-        raise ValueError(f"{type(model).__name__} does not keep keys and values of each token, and cannot be decoded")
-    if logits.isnan().any():
-        raise ValueError("the model's logits are NaN: its weights are broken, or too large for --dtype")
+    check_cache(model, cache, ids.shape[1])
+    checked(logits)
     if not all(different):
         copy = torch.tensor(different, device=device).cumsum(0) - 1  # [B]
         for layer in cache.layers:
@@ -169,6 +181,7 @@ class Leaving:
         self.drawn = self.drawn + 1
         done = ((self.drawn == self.most) | torch.isin(z, self.ends)).tolist()
         if any(done):
+            checked(self.logits[torch.tensor(done, device=z.device)])
             for name, row, drawn, gone in zip(self.names, self.tape, self.drawn, done):
                 if gone:
                     finished.append((name, row[:drawn].tolist()))
@@ -319,6 +332,7 @@ class Fixed:
                 self.run(self.step)
         done, drawn = torch.stack([self.done.long(), self.drawn]).tolist()  # the only wait for the device
         ended = [slot for slot in live if done[slot]]
+        checked(self.logits[ended])
         finished = [(self.slots[s], row[: drawn[s]]) for s, row in zip(ended, self.tape[ended].tolist())]
         for slot in live:
             self.have[slot] = drawn[slot]

@@ -368,3 +368,30 @@ def test_bad_input_is_one_clear_line(bad, message):
     with pytest.raises(ValueError, match=message) as error:
         generate(model("gpt2"), args.pop("prompts"), **args)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_nan_behind_the_prompt_is_an_error(fixed):
+    """One token's embedding is broken: the prompts do not hold it, what is drawn does."""
+    lm = model("llama")
+    prompt = [1, 2, 3]
+    drawn = generate(lm, [prompt], max_new_tokens=4, eos_token_id=None, temperature=0)[0][0]
+    assert drawn[0] not in prompt
+    broken = lm.get_input_embeddings().weight.detach().clone()  # not tied to the output matrix
+    broken[drawn[0]] = float("nan")
+    lm.get_input_embeddings().weight = torch.nn.Parameter(broken)
+    options = {"max_new_tokens": 4, "eos_token_id": None, "temperature": 0, "fixed": fixed}
+    with pytest.raises(ValueError, match="the model's logits are NaN"):
+        generate(lm, [prompt], **options)
+    if not fixed:  # there the last token is never read
+        assert len(generate(lm, [prompt], **(options | {"max_new_tokens": 1}))[0][0]) == 1
+
+
+def test_an_end_may_be_any_integer():
+    import numpy as np
+
+    lm = model("llama")
+    one, two = (generate(lm, [[1, 2, 3]], max_new_tokens=12, eos_token_id=end) for end in (5, np.int64(5)))
+    assert one == two
+    with pytest.raises(ValueError, match="temperature must be at least 0, not nan"):
+        generate(lm, [[1, 2, 3]], max_new_tokens=2, eos_token_id=5, temperature=float("nan"))

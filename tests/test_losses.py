@@ -5,6 +5,8 @@ import inspect
 import pytest
 import torch
 
+import batches
+import tiny
 from bash import bash_loss
 from rac import rac_loss
 from scs import scs_loss
@@ -113,3 +115,22 @@ def test_a_loss_can_be_pasted_elsewhere(case, loss):
     exec("from __future__ import annotations\n" + inspect.getsource(loss), scope)
     inputs = (logits, z, z_bar, mask) if loss is rac_loss else (logits, y, mask)
     assert torch.equal(scope[loss.__name__](*inputs)[0], loss(*inputs)[0])
+
+
+def test_a_prompt_that_is_empty_is_an_error():
+    with pytest.raises(ValueError, match="prompt 1 of a batch is empty"):
+        batches.batch([[1], []], [[2], [3]])
+    with pytest.raises(ValueError, match="prompt 0 of a batch is empty"):
+        batches.pack([[], [4]], [[[1], [2]], [[3], [2]]], tiny.model("llama"))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_a_head_with_a_forward_of_its_own_keeps_it(arch):
+    lm = tiny.model(arch)
+    head, calls = lm.get_output_embeddings(), []
+    plain = head.forward
+    head.forward = lambda hidden: calls.append(1) or plain(hidden)
+    own, x, y = head.forward, [[1, 2], [3]], [[4, 5], [6]]
+    found = batches.losses(lm, x, {"sft": (sft_loss, y, y)})["sft"]
+    assert head.forward is own and calls
+    assert torch.allclose(found, batches.losses_by_definition(lm, x, {"sft": (sft_loss, y, y)})["sft"])

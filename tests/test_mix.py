@@ -287,3 +287,11 @@ def test_each_row_is_handed_over_once(method):
 
     assert mix(lm, prompts, ys, each=each, **args) == []
     assert [made[i] for i in range(len(ys))] == mix(lm, prompts, ys, **args)
+
+
+@pytest.mark.parametrize("method", ["token", "parallel", "segment"])
+def test_a_model_that_computes_nan_is_an_error(method):
+    lm = model("llama")
+    torch.nn.init.constant_(lm.model.layers[-1].mlp.down_proj.weight, float("nan"))
+    with pytest.raises(ValueError, match="the model's logits are NaN"):
+        mix(lm, [[1, 2, 3]], [[4, 5, 6, 7]], beta=0.5, method=method)
