@@ -18,7 +18,6 @@ import spin
 import tiny
 from core import ranks
 
-evaluate.CHECKS["toy"] = (tiny.parity, evaluate.same)  # so small a model writes no answers
 STAGES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac, "spin": spin, "dpo": dpo, "bon": bon}
 UPDATE = ddp_utils.Run.update
 
@@ -43,6 +42,7 @@ def stage(words: list[str]) -> None:
 
 
 def main() -> None:
+    evaluate.CHECKS["toy"] = (tiny.parity, evaluate.same)  # so small a model writes no answers
     for words in json.loads(Path(sys.argv[1]).read_text()):
         stage(words)
 

@@ -233,29 +233,28 @@ def test_a_file_size_limit(world, whole, tmp_path):
     assert process.returncode == 0 and largest_difference(whole, out) < 1e-4  # rank 0 could write the model
 
 
-@pytest.mark.parametrize("where", ["in_order", "save"])
-def test_a_disk_that_fills_while_rank_0_gathers(world, tmp_path, where):
-    """D_s does not fit, or its drawn column: one line in all from two ranks; the same command then goes on."""
-    full = tmp_path / "full.py"
-    full.write_text(
-        f"""import runpy, sys
+def test_a_disk_that_fills_while_rank_0_gathers(world, tmp_path):
+    """D_s does not fit, first its drawn column: one line in all from two ranks; the same command then goes on."""
+    words, parts = command(world, tmp_path / "out", stage="bash"), tmp_path / "out" / "D_s_1.parts"
+    for where, name, left in (("folders", "in_order", "drawn/*.arrow"), ("arrow", "save", "drawn.arrow")):
+        full = tmp_path / f"{name}.py"
+        full.write_text(
+            f"""import runpy, sys
 sys.path.insert(0, {str(HERE.parent)!r})
 import folders
 from core import arrow
 def no_space(*_): raise OSError(28, "No space left on device")
-setattr({"folders" if where == "in_order" else "arrow"}, {where!r}, no_space)
+{where}.{name} = no_space
 sys.argv[0] = {str(HERE.parent / "bash.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    )
-    words = command(world, tmp_path / "out", stage="bash")
-    done = launch(full, *words[1:], ranks=2, check=False)
-    assert done.returncode and done.stderr.count("No space left on device") == 1
-    assert 'Traceback (most recent call last):\n  File "' + str(HERE.parent) not in done.stderr
-    parts = tmp_path / "out" / "D_s_1.parts"
-    assert list(parts.glob("drawn/*.arrow" if where == "in_order" else "drawn.arrow"))
-    launch(*words, ranks=2)
-    launch(*command(world, tmp_path / "whole", stage="bash"), ranks=2)
+        )
+        done = launch(full, *words[1:], ranks=2, check=False)
+        assert done.returncode and done.stderr.count("No space left on device") == 1
+        assert 'Traceback (most recent call last):\n  File "' + str(HERE.parent) not in done.stderr
+        assert list(parts.glob(left))
+    launch(*words)
+    launch(*command(world, tmp_path / "whole", stage="bash"))
     assert largest_difference(tmp_path / "whole", tmp_path / "out") == 0
 
 

@@ -16,14 +16,14 @@ def out(tmp_path_factory):
 
 
 def run(out, **env):
-    flags = {"QUICK": "1", "OUT": str(out), "PYTHON": sys.executable, "METHODS": "sft-more rac rac-oracle bon-4", **env}
+    flags = {"QUICK": "1", "OUT": str(out), "PYTHON": sys.executable, "METHODS": "sft-more rac bon-4", **env}
     return subprocess.run(["bash", "run.sh"], cwd=ROOT, env={**os.environ, **flags}, capture_output=True, text=True)
 
 
 def test_the_whole_path_and_a_second_call(out):
     first = run(out)
     assert first.returncode == 0, first.stderr[-2000:]
-    for name in ("sft", "sft-more", "rac", "rac-oracle", "bon-4"):
+    for name in ("sft", "sft-more", "rac", "bon-4"):
         assert f"\n| {name} |" in first.stdout
         assert (out / "seed-1" / name / "model.safetensors").exists()
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
