@@ -55,7 +55,7 @@ def pad_responses(responses: list[list[int]], device: torch.device | str = "cpu"
 def width_of(prompts: Rows) -> int:
     """Of the longest. Raises ValueError where one is empty: padding would predict the first token behind it."""
     if not all(prompts):
-        raise ValueError(f"prompt {[bool(prompt) for prompt in prompts].index(False)} of a batch is empty")
+        raise ValueError(f"prompt {list(map(len, prompts)).index(0)} of a batch is empty")
     return max(map(len, prompts))
 
 

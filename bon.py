@@ -48,10 +48,10 @@ import torch.nn.functional as F
 
 import bon_options
 import data
+import engine_z
 import generate
 import stage
 from batches import losses
-from core import engine_z
 from core.chat import ends, response_text
 from core.flags import count, group, number, positive
 from core.ranks import cli, fold_in

@@ -258,7 +258,8 @@ def examples(
 
     flags = (columns, limit, need_response, max_prompt, max_response, max_reference)
     flags += (reference_template,) if reference_template else ()
-    code = hash_of_functions(convert, pairs, chat, cut, spec.x, spec.f)
+    writes_f = (own_f, fill) if reference_template else (spec.f,)
+    code = hash_of_functions(convert, pairs, chat, cut, spec.x, *writes_f)
     of_task = (task, spec.prompt, spec.response, spec.before_response)
     key = (code, *of_task, *flags, hash_of_source(rows, source), hash_of_tokenizer(tokenizer), ends(tokenizer))
     found, said = tokenised(key, tokenizer, each_row(task, rows, source, columns, limit, need_response), convert)
@@ -280,3 +281,16 @@ def load(
         spec = TASKS[args.task]
         chosen["max_reference"] = (args.max_prompt or spec.max_prompt) + (args.max_response or spec.max_response) + 128
     return examples(args.task, tokenizer, split=split, need_response=need_response, **chosen)
+
+
+def held_out(args: argparse.Namespace, tokenizer, f: bool = False) -> tuple[Dataset, dict[int, str]]:
+    """The rows of --eval-data as `examples`, with f(x, y) if asked for and the stage has it; and the texts of their
+    responses, by id. Raises ValueError."""
+    flags = {name: value for name, value in vars(args).items() if f or name != "max_reference"}
+    of = argparse.Namespace(**flags | {"data": args.eval_data, "limit": args.eval_rows})
+    try:
+        found, _ = load(of, tokenizer, "test")
+        rows = load_rows(args.task, of.data, "test", args.columns, of.limit)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--eval-every: {str(error).replace('--data', '--eval-data')}") from None
+    return found, {row["id"]: row["response"] for row in rows}

@@ -388,14 +388,7 @@ def watch(run: Run) -> Callable[[], dict[str, float]]:
     args = run.args
     if args.data and not args.eval_data:
         raise ValueError("--eval-every needs --eval-data: held-out rows, as --data has its training rows from a file")
-    flags = {name: value for name, value in vars(args).items() if name != "max_reference"}  # no f(x, y) is needed
-    of = argparse.Namespace(**flags | {"data": args.eval_data, "limit": args.eval_rows})
-    try:
-        examples, _ = data.load(of, run.tokenizer, "test")
-        rows = data.load_rows(args.task, of.data, "test", args.columns, of.limit)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--eval-every: {str(error).replace('--data', '--eval-data')}") from None
-    references = {row["id"]: row["response"] for row in rows}
+    examples, references = data.held_out(args, run.tokenizer)
     spec = data.TASKS[args.task]
     new = (args.max_response or spec.max_response) if args.task in (*CHECKS, "tldr") else 0
     if args.task == "tldr":

@@ -48,9 +48,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from core import decode_step
 from core.decode_step import Fixed, Leaving, decoding, feed, fixed_shapes, forward, pad, prefill, right_aligned
-from core.decode_step import known as known  # of rac.py's labels, too
 from core.kv_cache import Columns, close_gaps, keep_rows
 from core.noise import draw, noise_keys
 from core.windows import windows_of
@@ -215,8 +213,7 @@ def mix_token(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, keys:
         if not live:
             return
         length = length[keep_rows(cache, live, length)]  # the first so many: nothing is moved
-        z = torch.tensor([g[row][j] for row in live], device=keys.device)
-        logits = decode_step.checked(feed(model, z, length, cache))
+        logits = feed(model, torch.tensor([g[row][j] for row in live], device=keys.device), length, cache)
         length = length + 1
 
 
@@ -248,8 +245,7 @@ def mix_parallel(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, ke
         at_row, at_column, key_row, j = torch.tensor(index, dtype=torch.int64, device=device).view(-1, 4).T  # [N] each
         at = torch.zeros_like(ids, dtype=torch.bool)  # [B, Q]
         at[at_row, at_column] = True
-        logits = decode_step.checked(forward(model, ids, mask, cache, at))  # [N, V], p(.|x, g^{<j}) for the g at hand
-        decode_step.check_cache(model, cache, mask.shape[1])
+        logits = forward(model, ids, mask, cache, at)  # [N, V], p(.|x, g^{<j}) for the g at hand
         parts = zip(logits.split(256), keys[key_row, j].split(256))  # the noise of all N at once would be large
         z = torch.cat([draw(*part, temperature) for part in parts]).tolist()  # [N]
         changed = set()
@@ -290,7 +286,7 @@ def mix_segment(model: PreTrainedModel, prompts: Rows, g: Rows, drawn: Rows, key
         ids, fed = pad([g[row][drawn[row][k] : drawn[row][k + 1]] for row in rows], device, left=False)  # [B, Q]
         mask = torch.cat([mask, fed], 1)  # [B, S]
         at = fed.cumsum(-1).eq(fed.sum(-1, keepdim=True)) & fed.bool()  # [B, Q], the last token of each row
-        logits = decode_step.checked(forward(model, ids, mask, cache, at))  # [B, V]
+        logits = forward(model, ids, mask, cache, at)  # [B, V]
 
 
 METHODS = {"token": mix_token, "parallel": mix_parallel, "segment": mix_segment}
@@ -346,7 +342,7 @@ def main() -> None:
     from pathlib import Path
 
     import data  # of the command alone: who copies the decoder leaves this function behind
-    from core import engine_z
+    import engine_z
     from core.chat import ends
     from core.flags import count, data_flags, group, new_parser, number, positive
     from core.fsdp import check_fits, load_tokenizer, model_of

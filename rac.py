@@ -35,12 +35,13 @@ import torch
 import torch.nn.functional as F
 
 import data
+import engine_z
 import generate
 import rac_options
 import stage
 from batches import losses, teacher_forced
-from core import engine_z
 from core.chat import ends
+from core.decode_step import known
 from core.flags import count, group, number, positive
 from core.ranks import cli, fold_in
 from data import Dataset
@@ -70,7 +71,7 @@ def rac_labels(
     """
     labels: list[list[int]] = [[] for _ in z]
     for some, logits in teacher_forced(model, reference_prompts, z, batch_size):
-        for i, row in zip(some, generate.known(model, logits).argmax(dim=-1).tolist(), strict=True):
+        for i, row in zip(some, known(model, logits).argmax(dim=-1).tolist(), strict=True):
             labels[i] = row[: len(z[i])]
     return labels
 

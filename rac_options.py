@@ -31,13 +31,13 @@ import folders
 import sums
 from batches import Rows, pad_responses, teacher_forced
 from core import arrow, lora
+from core.decode_step import known
 from core.flags import group, number, positive
 from core.fsdp import model_of
 from core.ranks import RANK, all_sum, print0
 from core.reference import read_template
 from data import TASKS, Dataset, qa_f
 from ddp_utils import Run
-from generate import known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -192,9 +192,7 @@ def to_first_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list
 
 
 # ---------------------------------------------------------------------------------------------- labels of the start
-def labelled_by_start(
-    run: Run, iteration: int, examples: Dataset, draw: Callable, label: Callable
-) -> Dataset:
+def labelled_by_start(run: Run, iteration: int, examples: Dataset, draw: Callable, label: Callable) -> Dataset:
     """D_r with the current model's z, OUT/D_z_k, and the labels of --model."""
     name = f"D_r_{iteration}"
     if (run.out / name).exists():

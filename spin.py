@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 
 import data
+import engine_z
 import stage
-from core import arrow, engine_z
+from core import arrow
 from core.flags import count, group, number, positive
 from core.ranks import cli, print0
 from data import Dataset

@@ -17,10 +17,10 @@ from core import lora, packed, track
 from core.flags import below_one, count, data_flags, group, new_parser, number, positive
 from core.fsdp import check_rows, load_tokenizer, model_of
 from core.ranks import WORLD, init, print0
-from core.samples import sampler
 from data import TASKS, Dataset
 from ddp_utils import Run
 from folders import check_saves, open_out, read_pairs
+from samples import sampler
 
 
 def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:

@@ -49,10 +49,7 @@ def problem(
     rng: random.Random, operands: tuple[int, int] = (2, 15), n_steps: tuple[int, int] = (3, 4),
     arbitrary: bool = False, top: int = TOP,
 ) -> tuple[list[str], list[str]]:  # fmt: skip
-    """(x, y) as words, with numbers up to `top`.
-
-    `arbitrary` draws the results at random: an answer that can be read but not calculated.
-    """
+    """(x, y) as words, with numbers up to `top`. arbitrary: results at random, to be read and not calculated."""
     if 2 * operands[1] > top + 1 or n_steps[1] > len(ORDINALS + LATER):
         raise ValueError(
             f"operands up to {operands[1]}, {n_steps[1]} steps: must be at most {(top + 1) // 2} with numbers up to "
@@ -90,18 +87,21 @@ def problems(
     return rows
 
 
-def splits(train=500, valid=300, test=400, seed=0, hard: float = 0, harder: dict | None = None, **difficulty) -> dict:
+def splits(
+    train: int = 500, valid: int = 300, test: int = 400, seed: int = 0, hard: float = 0,
+    harder: dict | None = None, **difficulty,
+) -> dict[str, list[dict]]:  # fmt: skip
     """The three sets, disjoint by prompt. Settings are chosen on valid, tables are made on test: both are always the
     same problems; only train depends on the seed. difficulty: operands, n_steps, top as in `problem`; the share `hard`
     of each set has the difficulty `harder`."""
     out, seen = {}, set()
     for split, n, key in (("test", test, "test"), ("valid", valid, "valid"), ("train", train, f"train {seed}")):
-        parts = (n - round(hard * n), key, difficulty), (round(hard * n), f"hard {key}", harder or difficulty)
-        out[split] = []
-        for m, part_key, its in parts:
-            out[split] += problems(m, part_key, exclude=seen, **its)
+        m = round(hard * n)
+        out[split] = problems(n - m, key, exclude=seen, **difficulty)
+        seen |= {row["prompt"] for row in out[split]}
+        if m:
+            out[split] += problems(m, f"hard {key}", exclude=seen, **(harder or difficulty))
             seen |= {row["prompt"] for row in out[split]}
-        if hard:
             random.Random(f"order {key}").shuffle(out[split])
     return out
 

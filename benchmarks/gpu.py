@@ -649,16 +649,11 @@ def table(parts: dict[str, dict], rehearsal: bool) -> str:
     lines = ["| on one GPU | target | measured | |", "|---|---|---:|---|"]
     for what, target, value in targets(parts):
         sign, bound = target.split()
-        good = (
-            ""
-            if value is None
-            else "a rehearsal"
-            if rehearsal
-            else "reached"
-            if (value >= float(bound)) == (sign == "≥")
-            else "not reached"
-        )
-        lines.append(f"| {what} | {target} | {'not measured' if value is None else f'{value:.2f}'} | {good} |")
+        if value is None:
+            lines.append(f"| {what} | {target} | not measured |  |")
+            continue
+        reached = "reached" if (value >= float(bound)) == (sign == "≥") else "not reached"
+        lines.append(f"| {what} | {target} | {value:.2f} | {'a rehearsal' if rehearsal else reached} |")
     return "\n".join(lines)
 
 

@@ -11,8 +11,8 @@
 # Needs torch, transformers, numpy, tqdm, pyarrow and this repository; no network, and no data: rows are made here.
 # Override with environment variables:
 #     OUT=results/gpu    where the files go (SMALL: out-gpu-small)     PARTS="1 3"     some of the parts, in this order
-#     LIMIT_1=100 ...    seconds for a part             ONLY="SCS|joint"    some rows of a part, by their names
-#     PYTHON          the interpreter (default: .venv's or python3)
+#     LIMIT_1=100 ...    seconds for a part             ONLY="SCS|joint"  some rows of a part, by their names
+#     PYTHON             the interpreter (default: .venv's or python3)
 #     MODEL=FOLDER       of part 5: a small pretrained model, such as tools/smollm2.py makes (SEEDS, TRAIN, ... as in
 #                        run.sh). Without it, or without the package datasets, the part says so and ends.
 #     WHEELS=FOLDER      wheels that the machine lacks: trl and datasets for part 4, datasets for part 5

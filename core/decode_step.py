@@ -73,9 +73,13 @@ def pad(rows: Rows, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
 
 def forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, at: Tensor | None = None) -> Tensor:
     """Feeds ids [B, Q] behind the cached columns [B, S - Q]; mask [B, S] covers both. -> the logits [N, V] where `at`
-    (bool [B, Q]) is true, in row order; without it those of the last column, [B, V]. [B, Q, V] is never made."""
+    (bool [B, Q]) is true, in row order; without it those of the last column, [B, V]. [B, Q, V] is never made. Raises
+    ValueError where the model has kept no keys and values, or its logits are NaN."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # [B, Q]; padding on the left has no position
-    return call(model, ids, mask, positions, cache, at)
+    logits = call(model, ids, mask, positions, cache, at)
+    if any(layer.get_seq_length() != mask.shape[1] for layer in cache.layers) or not cache.layers:
+        raise ValueError(f"{type(model).__name__} does not keep keys and values of each token, and cannot be decoded")
+    return checked(logits)
 
 
 def call(
@@ -109,12 +113,6 @@ def checked(logits: Tensor) -> Tensor:
     return logits
 
 
-def check_cache(model: PreTrainedModel, cache: Cache, width: int) -> None:
-    """Raises ValueError where the model has not put `width` columns of keys and values into each layer."""
-    if any(layer.get_seq_length() != width for layer in cache.layers) or not cache.layers:
-        raise ValueError(f"{type(model).__name__} does not keep keys and values of each token, and cannot be decoded")
-
-
 @functools.cache
 def cache_name(kind: type) -> str:
     """What the forward of a class of models calls its cache: the name changes with transformers 5.24."""
@@ -127,8 +125,6 @@ def prefill(model: PreTrainedModel, prompts: Rows, device: torch.device) -> tupl
     ids, mask = pad([prompt for prompt, new in zip(prompts, different) if new], device, left=True)  # [B', P]
     cache = Cache(layer_class_to_replicate=Columns)
     logits, length = forward(model, ids, mask, cache), mask.sum(1)  # [B', V], [B']
-    check_cache(model, cache, ids.shape[1])
-    checked(logits)
     if not all(different):
         copy = torch.tensor(different, device=device).cumsum(0) - 1  # [B]
         for layer in cache.layers:
@@ -181,7 +177,6 @@ class Leaving:
         self.drawn = self.drawn + 1
         done = ((self.drawn == self.most) | torch.isin(z, self.ends)).tolist()
         if any(done):
-            checked(self.logits[torch.tensor(done, device=z.device)])
             for name, row, drawn, gone in zip(self.names, self.tape, self.drawn, done):
                 if gone:
                     finished.append((name, row[:drawn].tolist()))

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from core import arrow, lora
 from core.chat import settle_ends
-from core.kinds import bases, cached, check_kind, named_ends
+from core.kinds import cached, check_kind, named_ends
 from core.ranks import BACKEND, RANK, WORLD, all_sum, first_line, init, print0
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     local = path.count("/") > 1 or path.startswith((".", "/")) or os.path.isdir(os.path.dirname(path))
     if not os.path.isdir(path) and (local or os.path.exists(path)):  # else it is a hub name
         raise FileNotFoundError(f"--model {path}: no such folder")
-    check_kind(path)
+    *adapters, base = check_kind(path)
     expected = ("config.json", "tokenizer.json", "tokenizer_config.json")
-    *adapters, base = bases(path)
     if os.path.isdir(base) and not any(os.path.exists(os.path.join(base, name)) for name in expected):
         raise OSError(f"--model {path}: not a model's folder, there is no config.json in it")
     own = next((folder for folder in adapters if cached(folder, "tokenizer_config.json")), base)  # an adapter may have
@@ -107,8 +106,7 @@ def read_weights(path: str, dtype: str = "float32", **chosen: str) -> tuple[obje
     be frozen. The folder of an adapter: its base with the adapter merged, in float32. Raises OSError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_kind(path)
-    *adapters, base = bases(path)
+    *adapters, base = check_kind(path)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         if "MaskedLM" in str(config.architectures):
@@ -135,7 +133,7 @@ def read_weights(path: str, dtype: str = "float32", **chosen: str) -> tuple[obje
 
 def model_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
     """The model that the flags of a command name. What it draws, and its labels, are tokens of this tokenizer: the ids
-    that have none, where its vocabulary is padded beyond them, are in `model.absent` (see generate.known)."""
+    that have none, where its vocabulary is padded beyond them, are in `model.absent` (see decode_step.known)."""
     training = {"recompute": "activation_checkpointing", "compile": "compile"}  # flags of the stages alone
     training = {name: getattr(args, flag, False) for name, flag in training.items()}
     training["adapter"] = lora.of(args)

@@ -21,23 +21,32 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 OTHER_SENSES = ("vision", "image", "audio", "speech", "video")
 
 
-def check_kind(path: str) -> None:
+def check_kind(path: str) -> list[str]:
     """Raises OSError, in one line, where a folder or hub name holds something else than a causal language model that
-    keeps keys and values. What cannot be read at all is left to those who load it. No code of the model's is run."""
+    keeps keys and values; else returns what it is made of (`bases`). What cannot be read at all is left to those who
+    load it. No code of the model's is run."""
+    from transformers import PreTrainedConfig
+
+    found = bases(path)
+    if len(found) == 1:
+        check_model(path)
+        return found
+    try:
+        PreTrainedConfig.get_config_dict(found[-1])
+        check_model(found[-1])
+    except Exception as error:
+        raise OSError(
+            f"--model {path}: an adapter whose base {found[-1]} cannot be had ({first_line(error)}); if it lies "
+            "elsewhere, write that place into adapter_config.json as base_model_name_or_path"
+        ) from None
+    return found
+
+
+def check_model(path: str) -> None:
+    """`check_kind` of a model that is no adapter."""
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto import configuration_auto, modeling_auto
 
-    *adapters, base = bases(path)
-    if adapters:
-        try:
-            PreTrainedConfig.get_config_dict(base)
-            check_kind(base)
-        except Exception as error:
-            raise OSError(
-                f"--model {path}: an adapter whose base {base} cannot be had ({first_line(error)}); if it lies "
-                "elsewhere, write that place into adapter_config.json as base_model_name_or_path"
-            ) from None
-        return
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path)
     except Exception:  # no such folder, or half a file

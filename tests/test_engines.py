@@ -16,12 +16,13 @@ from tokenizers import decoders
 
 import bon
 import data
+import engine_z
 import evaluate
 import generate
 import spin
 import test_stages
 import tiny
-from core import engine_z, fsdp, ranks
+from core import fsdp, ranks
 from test_cache import word_bpe
 from test_stages import base, fails, run
 from test_training import free_port, largest_difference, log

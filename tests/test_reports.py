@@ -23,7 +23,7 @@ import preferences
 import rac
 import sft
 import tiny
-from core import chat, fsdp, kinds, ranks, rows
+from core import chat, decode_step, fsdp, kinds, ranks, rows
 
 TEXTS = ["how many eggs does amy have ?", "  So: 3 + 4 = 7.\n\nThen  stop. ", "naïve – ü 😀", "a<b>c", "x"]
 
@@ -467,9 +467,7 @@ def test_attention_models_are_not(tmp_path, kind):
 def test_a_model_that_ignores_the_cache_is_no_silent_fault():
     from transformers import RwkvConfig, RwkvForCausalLM
 
-    model = RwkvForCausalLM(
-        RwkvConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2)
-    ).eval()
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2)).eval()
     with pytest.raises(ValueError, match="RwkvForCausalLM does not keep keys and values of each token"):
         generate.generate(model, [[3, 4]], max_new_tokens=2, eos_token_id=1)
 
@@ -625,7 +623,7 @@ def test_where_nothing_is_padded_nothing_is_masked(tmp_path):
     args = SimpleNamespace(model=str(tmp_path), dtype="float32", shard=0, lock_step=False)
     assert fsdp.model_of(args, tokenizer).absent is None
     logits = torch.randn(2, 5)
-    assert generate.known(torch.nn.Linear(1, 1), logits) is logits
+    assert decode_step.known(torch.nn.Linear(1, 1), logits) is logits
 
 
 @pytest.mark.parametrize("templates", [None, {"default": CHATML, "tools": PHI, "rag": CHATML}])

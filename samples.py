@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -21,11 +20,7 @@ def sampler(run: Run) -> Callable[[], list[dict[str, str]]]:
     """A function for all ranks to call: on rank 0 prompt, reference and greedy answer of the first --eval-samples rows
     and, where the stage labels (run.label), the answer with its corrections, as [z^j→z_bar^j]. Raises ValueError."""
     args, tokenizer = run.args, run.tokenizer
-    flags = vars(args) | {"data": args.eval_data, "limit": args.eval_rows}
-    try:
-        examples, _ = data.load(argparse.Namespace(**flags), tokenizer, "test")
-    except ValueError as error:
-        raise ValueError(f"--eval-every: {str(error).replace('--data', '--eval-data')}") from None
+    examples, _ = data.held_out(args, tokenizer, f=True)
     rows = examples.select(range(min(args.eval_samples, len(examples)))).to_list()
     x, ids = ([row[name] for row in rows] for name in ("x", "id"))
     new = args.max_response or data.TASKS[args.task].max_response
