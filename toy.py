@@ -214,6 +214,17 @@ def byte_tokenizer(files: list[str], vocab: int):
 # ---- the commands ----
 
 
+def check_difficulty(args) -> None:
+    """Raises ValueError where the flags of `data` contradict each other."""
+    for name in ("operands", "steps", "hard_operands", "hard_steps"):
+        low, high = getattr(args, name) or (0, 0)
+        if low > high:
+            raise ValueError(f"--{name.replace('_', '-')} {low} {high}: give the smaller number first")
+    if bool(args.hard) != bool(args.hard_operands or args.hard_steps):
+        told = "--hard is the share of harder problems, --hard-operands and --hard-steps say how hard"
+        raise ValueError(f"{told}: give both")
+
+
 def main():
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -240,6 +251,8 @@ def main():
     args = parser.parse_args()
     if args.command in ("base", "bytes") and args.width % 16:
         raise ValueError(f"--width {args.width}: must be a multiple of 16 (four heads of an even number of pairs)")
+    if args.command == "data":
+        check_difficulty(args)
 
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists already; choose another folder or delete it")
