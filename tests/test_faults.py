@@ -17,6 +17,7 @@ import pytest
 from datasets import load_from_disk
 
 import ddp_utils
+import kill_chain
 import tiny
 from test_training import FLAGS, HERE, free_port, largest_difference, launch, log, runner, world
 
@@ -70,12 +71,12 @@ def test_resuming_at_another_number_of_ranks(world, whole, tmp_path, before, aft
 
 
 def test_twenty_kills_change_nothing(world, tmp_path):
-    """SIGKILL at 20 random moments of SFT -> BASH -> RAC on two ranks: the same weights, D_s and D_r in the end."""
+    """SIGKILL at 20 random moments of SFT -> BASH -> RAC -> BoN, two ranks: in the end the same weights and data sets."""
     done = launch(HERE / "kill_chain.py", world, tmp_path / "out", 20)
     found = json.loads(done.stdout)
     assert sum(found["kills"].values()) == 20
     for chain in range(1, found["chains"] + 1):
-        for stage in ("sft", "bash", "rac"):
+        for stage in kill_chain.STAGES:
             kept, killed = tmp_path / "out" / "whole" / stage, tmp_path / "out" / f"chain-{chain}" / stage
             assert largest_difference(kept, killed) == 0 and same_log(kept, killed)
             made = sorted(path.name for path in kept.iterdir())
