@@ -1,9 +1,10 @@
-"""The one batch layout of this repository, and the training pass over it.
+"""The one batch layout of this repository, and the passes over it.
 
     b = batch(x, y, device)                         # [ left-padded prompt | right-padded response ]
     logits = response_logits(model, b)              # [B, L, V], ready for any loss here
     loss_sum, n = sft_loss(logits, b.y, b.mask)
     sums = losses(model, x, {"sft": (sft_loss, y, y), "bash": (bash_loss, y_hat, y)})   # the same sums, for training
+    labels = by_token(model, f, z, lambda logits: [logits.argmax(-1)])                  # at each token of each response
 
 Prompts are padded on the left, so that all responses start in one column: what predicts them is the logits' last L
 columns (`logits_to_keep`), and the prompt gets none. Attention mask and position ids are always passed, and come from
@@ -16,10 +17,11 @@ padding: core/packed.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from core import packed
@@ -93,20 +95,7 @@ def response_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     ).logits
 
 
-@torch.no_grad()
-def teacher_forced(
-    model: torch.nn.Module, prompts: Rows, responses: Rows, batch_size: int
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """The logits [B, L, V] of p(. | prompt, response^{<j}), with the numbers of the rows that they belong to; some rows
-    at a time, those of like length together."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))  # little padding in a batch
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        b = batch([prompts[i] for i in some], [responses[i] for i in some], model.device)
-        yield some, response_logits(model, b)
-
-
-# ---------------------------------------------------------------------------------------------- training passes
+# ---------------------------------------------------------------------------------------------- passes over a batch
 CHUNK = 2**26  # logits made at a time: 256 MB in float32
 
 
@@ -138,25 +127,75 @@ def losses(
     Raises ValueError where share_prompt does not work with the model.
     """
     inputs, parts = lay_out(model, x, terms, share_prompt)
-    size = max(1, CHUNK // model.config.get_text_config().vocab_size)
 
-    def sums(output: Callable[[torch.Tensor], torch.Tensor], source: torch.Tensor) -> torch.Tensor:
-        """[terms], by logits = output(source[row, column])."""
-        return torch.stack([in_chunks(loss, output, source[tuple(place)], t, size) for loss, place, t in parts])
+    def sums(output: Callable[[torch.Tensor], torch.Tensor], hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        each = zip(parts, hidden, strict=True)
+        return torch.stack([in_chunks(loss, output, h, targets, chunk(model)) for (loss, _, targets), h in each])
 
-    # The losses are computed inside of the model's forward, in the place of its output matrix, and handed on as if they
-    # were the logits. A plainer way, hidden = model.base_model(...) and then logits = head(hidden[at]), is not as
+    made = in_place_of_logits(model, inputs, [place for _, place, _ in parts], sums)
+    return dict(zip(terms, made, strict=True))
+
+
+@torch.no_grad()
+def by_token(
+    model: torch.nn.Module, x: Rows, given: Rows, read: Callable[..., Sequence[torch.Tensor]], *targets: Rows,
+    batch_size: int = 8,
+) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:  # fmt: skip
+    """What `read` finds at each response token, teacher-forced: (i, its tensors [L_i, ...]) of the i-th response.
+
+    read(logits, *targets) gets the logits [N, V] of p(. | x, given^{<j}) of N tokens, CHUNK at a time ([B, L, V] never
+    exists), and N ids of each of the targets. It returns tensors [N, ...]. batch_size: responses of a pass, those of
+    like length together, so that they come in another order. Their tensors are on the CPU.
+    """
+
+    def passed(x: Rows, given: Rows, *targets: Rows) -> list[torch.Tensor]:
+        """What read returns, over all tokens of some responses."""
+        inputs, [(_, place, ids)] = lay_out(model, x, {"": (None, given, *targets)}, False)
+        found: list[torch.Tensor] = []
+
+        def make(output: Callable[[torch.Tensor], torch.Tensor], hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+            pieces = zip(*(tensor.split(chunk(model)) for tensor in (*hidden, *ids)), strict=True)
+            found[:] = map(torch.cat, zip(*(read(output(h), *those) for h, *those in pieces), strict=True))
+            return found[0]
+
+        in_place_of_logits(model, inputs, [place], make)
+        return [tensor.cpu() for tensor in found]
+
+    order = sorted(range(len(x)), key=lambda i: len(x[i]) + len(given[i]))  # little padding in a batch
+    for some in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+        found = passed(*([rows[i] for i in some] for rows in (x, given, *targets)))
+        lengths = [len(given[i]) for i in some]
+        yield from zip(some, zip(*(tensor.split(lengths) for tensor in found), strict=True), strict=True)
+
+
+def nll_by_token(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor]:
+    """-log p(target), float32 [N], for `by_token`. logits: [N, V]. target: [N]."""
+    return (F.cross_entropy(logits.float(), target, reduction="none"),)
+
+
+def chunk(model: torch.nn.Module) -> int:
+    """Of how many tokens the logits are made at a time."""
+    return max(1, CHUNK // model.config.get_text_config().vocab_size)
+
+
+def in_place_of_logits(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], places: list[torch.Tensor],
+    make: Callable[[Callable[[torch.Tensor], torch.Tensor], Sequence[torch.Tensor]], torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """make(output, hidden) from one pass of the model. output(h) is the logits [N, V] of h [N, d]; hidden, for each of
+    the places (row and column of N tokens, [2, N]), what the output matrix reads there."""
+    # make is called inside of the model's forward, in the place of its output matrix, and what it gives is handed on as
+    # if it were the logits. A plainer way, hidden = model.base_model(...) and then logits = head(hidden[at]), is not as
     # good: under FSDP2 only a call of the whole model gathers the head's weights; and a model that changes its logits
-    # behind the head (Gemma 2 caps them, Granite and Cohere scale them) would be trained on wrong ones without a word.
-    # Here that is seen: what comes out of the model is then not what the head gave.
-    made = None
+    # behind the head (Gemma 2 caps them, Granite and Cohere scale them) would be read wrongly without a word. Here that
+    # is seen: what comes out of the model is then not what the head gave.
+    made, head = None, model.get_output_embeddings()
     if not getattr(model, "changes_logits", False):
-        head = model.get_output_embeddings()
         plain, its_own = head.forward, head.__dict__.get("forward")  # one that somebody has put there before
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:  # [B, S, d], at the door of the output matrix
             nonlocal made
-            made = sums(plain, hidden)
+            made = make(plain, [hidden[tuple(place)] for place in places])
             return made
 
         head.forward = forward
@@ -166,10 +205,16 @@ def losses(
             del head.forward
             if its_own:
                 head.forward = its_own
-    if model.changes_logits:  # then only whole logits will do
+    if model.changes_logits:  # then the model has to make them, of all places at once
         made = None  # and with it the pass in vain
-        made = sums(lambda logits: logits, model(**inputs, use_cache=False).logits)
-    return dict(zip(terms, made, strict=True))
+        at = torch.cat(places, dim=1)
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][tuple(at)][None],))  # [1, N, d]
+        try:
+            logits = model(**inputs, use_cache=False).logits[0]  # [N, V]
+        finally:
+            hook.remove()
+        made = make(lambda logits: logits, logits.split([place.shape[1] for place in places]))
+    return made
 
 
 def lay_out(

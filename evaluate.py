@@ -49,13 +49,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import data
 import folders
 import generate
 import sums
-from batches import pad_responses, teacher_forced
+from batches import by_token, nll_by_token
 from core.answers import (
     best_of_k,
     gsm8k_answer,
@@ -97,11 +96,8 @@ def nll(
     if any(len(a) != len(b) for a, b in zip(inputs, targets, strict=True)):
         raise ValueError("inputs and targets must be of the same length, row by row")
     sums = [0.0] * len(x)
-    for some, logits in teacher_forced(model, x, inputs, batch_size):
-        y, mask = pad_responses([targets[i] for i in some], model.device)  # [B, L]
-        losses = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-        for i, loss in zip(some, (losses.double() * mask).sum(dim=1).tolist(), strict=True):
-            sums[i] = loss
+    for i, (row,) in by_token(model, x, inputs, nll_by_token, targets, batch_size=batch_size):
+        sums[i] = row.double().sum().item()
     return sums
 
 

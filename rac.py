@@ -39,7 +39,7 @@ import engine_z
 import generate
 import rac_options
 import stage
-from batches import losses, teacher_forced
+from batches import by_token, losses
 from core.chat import ends
 from core.decode_step import known
 from core.flags import count, group, number, positive
@@ -70,9 +70,9 @@ def rac_labels(
     reference_prompts: f(x, y) and z as token ids. Returns labels, each list as long as its z.
     """
     labels: list[list[int]] = [[] for _ in z]
-    for some, logits in teacher_forced(model, reference_prompts, z, batch_size):
-        for i, row in zip(some, known(model, logits).argmax(dim=-1).tolist(), strict=True):
-            labels[i] = row[: len(z[i])]
+    best = by_token(model, reference_prompts, z, lambda p: [known(model, p).argmax(dim=-1)], batch_size=batch_size)
+    for i, (row,) in best:
+        labels[i] = row.tolist()
     return labels
 
 

@@ -25,11 +25,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import folders
 import sums
-from batches import Rows, pad_responses, teacher_forced
+from batches import Rows, by_token, nll_by_token
 from core import arrow, lora
 from core.decode_step import known
 from core.flags import group, number, positive
@@ -169,11 +168,9 @@ def plausible_labels(
 ) -> list[list[int]]:
     """z_bar^j where p(z_bar^j | x, z^{<j}) >= p; elsewhere z^j, which Eq. 7 masks. One pass over [x, z]."""
     kept: list[list[int]] = [[] for _ in z]
-    for some, logits in teacher_forced(model, x, z, batch_size):
-        labels, _ = pad_responses([z_bar[i] for i in some], logits.device)  # [B, L]
-        logp = -F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        for i, row in zip(some, logp.exp().tolist(), strict=True):
-            kept[i] = [label if q >= p else own for label, own, q in zip(z_bar[i], z[i], row)]
+    for i, (nll,) in by_token(model, x, z, nll_by_token, z_bar, batch_size=batch_size):
+        q = (-nll).exp().tolist()
+        kept[i] = [label if q_j >= p else own for label, own, q_j in zip(z_bar[i], z[i], q, strict=True)]
     return kept
 
 
@@ -239,14 +236,16 @@ def rac_top_labels(
     model: torch.nn.Module, reference_prompts: list[list[int]], z: list[list[int]], k: int, batch_size: int = 8
 ) -> list[dict[str, list | np.ndarray]]:
     """As rac_labels, with the k largest probabilities: for each z its z_bar, top_ids and top_logp (arrays [L, k])."""
-    labels: list[dict[str, list | np.ndarray]] = [{} for _ in z]
-    for some, logits in teacher_forced(model, reference_prompts, z, batch_size):
+
+    def top(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [N, V] -> [N, k] each, the largest first
         logits = known(model, logits.float())
-        top, ids = logits.topk(k)  # [B, L, k], the largest first
-        logp = top - logits.logsumexp(dim=-1, keepdim=True)
-        for i, ids_i, logp_i in zip(some, ids.int().cpu().numpy(), logp.cpu().numpy(), strict=True):
-            n = len(z[i])  # copies, since views would keep the whole batch in memory
-            labels[i] = {"z_bar": ids_i[:n, 0].tolist(), "top_ids": ids_i[:n].copy(), "top_logp": logp_i[:n].copy()}
+        values, ids = logits.topk(k)
+        return ids.int(), values - logits.logsumexp(dim=-1, keepdim=True)
+
+    labels: list[dict[str, list | np.ndarray]] = [{} for _ in z]
+    for i, (ids, logp) in by_token(model, reference_prompts, z, top, batch_size=batch_size):
+        # copies, since views would keep the whole batch in memory
+        labels[i] = {"z_bar": ids[:, 0].tolist(), "top_ids": ids.numpy().copy(), "top_logp": logp.numpy().copy()}
     return labels
 
 

@@ -383,8 +383,8 @@ def test_losses_in_one_pass_are_those_of_their_definitions(arch, attention, shar
         assert torch.allclose(a, b, atol=2e-5 * float(b.abs().max()) + 1e-6)
 
 
-def test_a_model_that_changes_its_logits_gets_whole_ones():
-    """Gemma 2 caps them after the output matrix."""
+def gemma_2():
+    """A small one; it caps its logits after the output matrix."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     size = {
@@ -395,16 +395,46 @@ def test_a_model_that_changes_its_logits_gets_whole_ones():
         "head_dim": 8,
     }
     config = AutoConfig.for_model("gemma2", vocab_size=50, intermediate_size=48, **size, initializer_range=1.0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def test_a_model_that_changes_its_logits_makes_them_itself():
+    """Of the tokens that are predicted, and of no others."""
+    model, made = gemma_2(), []
     x, terms = joint(random.Random(5))
-    expected = by_definition(model, x, terms)
+    expected, tokens = by_definition(model, x, terms), sum(len(y) for _, given, *_ in terms.values() for y in given)
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: made.append(out.shape))
     for _ in range(2):
         found = batches.losses(model, x, terms)
-        assert model.changes_logits
+        assert model.changes_logits and made[-1] == (1, tokens, 50)
         for name in found:
             assert float(found[name].detach()) == pytest.approx(float(expected[name].detach()), rel=1e-5)
+        grads, plain = gradients(model, found), gradients(model, by_definition(model, x, terms))
+        assert all(torch.allclose(a, b, atol=2e-5 * float(b.abs().max()) + 1e-6) for a, b in zip(grads, plain))
     with pytest.raises(ValueError, match="--share-prompt: this model's layers differ in what they see"):
         batches.losses(model, x, terms, share_prompt=True)
+
+
+@pytest.mark.parametrize("chunk", [2**26, 150])
+@pytest.mark.parametrize("arch", [*tiny.ARCHS, "gemma2"])
+def test_what_is_read_at_each_token(arch, chunk, monkeypatch):
+    """Against a forward of each row alone: an arg max, and the chance of another token; 3 tokens at a time, too."""
+    monkeypatch.setattr(batches, "CHUNK", chunk)
+    model, rng = tiny.model(arch, vocab=50) if arch in tiny.ARCHS else gemma_2(), random.Random(6)
+    lengths = (3, 17, 1, 8, 2), (6, 1, 13, 0, 4), (6, 1, 13, 0, 4)
+    x, y, other = ([[rng.randrange(50) for _ in range(n)] for n in row] for row in lengths)
+
+    def read(logits, target):
+        assert len(logits) == len(target) <= chunk // 50
+        return logits.argmax(-1), logits.log_softmax(-1).gather(-1, target[:, None])
+
+    found = dict(batches.by_token(model, x, y, read, other, batch_size=2))
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    for i, (best, chance) in found.items():
+        plain = model(torch.tensor([x[i] + y[i]]), use_cache=False).logits[0, len(x[i]) - 1 : -1].detach()  # [L, V]
+        assert best.tolist() == plain.argmax(-1).tolist() and chance.shape == (len(y[i]), 1)
+        assert torch.allclose(chance[:, 0], plain.log_softmax(-1)[range(len(y[i])), other[i]], atol=1e-5)
+    assert all(len(best) == 0 for _, (best, _) in batches.by_token(model, x, [[]] * 5, read, [[]] * 5))
 
 
 def test_share_prompt_needs_a_mask_of_four_dimensions():

@@ -71,7 +71,7 @@ def test_resuming_at_another_number_of_ranks(world, whole, tmp_path, before, aft
 
 
 def test_twenty_kills_change_nothing(world, tmp_path):
-    """SIGKILL at 20 random moments of SFT -> BASH -> RAC -> BoN, two ranks: in the end the same weights and data sets."""
+    """SIGKILL at 20 random moments of SFT -> BASH -> RAC -> BoN, two ranks: the same weights and data in the end."""
     done = launch(HERE / "kill_chain.py", world, tmp_path / "out", 20)
     found = json.loads(done.stdout)
     assert sum(found["kills"].values()) == 20
