@@ -365,9 +365,11 @@ def joint(found: Found, size: dict, args: argparse.Namespace) -> None:
     layers = fitting_layers(size["mistral"], size["long_micro"] * 2 * sum(size["ultrachat"]))
     packed = ["packed"] if importlib.util.find_spec("core.packed") else []
     layouts = ["one pass", "--share-prompt", *packed]
-    plans = [("1B", "tldr", sides, layouts), ("1B", "even", [], layouts), ("7B", "ultrachat", sides[:5], layouts)]
+    long = [side for side in sides[:5] if "token by token" not in side]  # a thousand steps would take what is left
+    plans = [("1B", "tldr", sides, layouts), ("1B", "even", [], layouts), ("7B", "ultrachat", long, layouts)]
     if CUDA:  # last: compiling takes a minute
-        plans.append(("1B", "tldr", [], ["--share-prompt, compile", *(f"{name}, compile" for name in packed)]))
+        compiled = ["one pass, compile", "--share-prompt, compile", *(f"{name}, compile" for name in packed)]
+        plans += [("1B", lengths, [], compiled) for lengths in ("tldr", "even")]
     for plan in plans:
         steps(found, size, args.sure, layers, *plan)
 
@@ -403,6 +405,9 @@ def steps(
         if how not in models:
             models.clear()
             models[how] = new_model(config, sure, how)
+            if CUDA and not how:  # the draw finds out what its passes cost there
+                with tempfile.TemporaryDirectory() as out:
+                    overhead.measure({**job, "make": lambda: models[how], "side": "BASH data generation"}, out)
         return models[how]
 
     for side in some:
@@ -618,7 +623,8 @@ def targets(parts: dict[str, dict]) -> list[tuple[str, str, float | None]]:
         values = [value for name in names if (value := get(part, name, key)) is not None]
         return choose(values) if values else None
 
-    joint = ("one pass", "--share-prompt", "packed", "--share-prompt, compile", "packed, compile")
+    joint = ("one pass", "--share-prompt", "packed")
+    joint += tuple(f"{how}, compile" for how in joint)
     names = {lengths: [f"1B {lengths}: joint, {how}" for how in joint] for lengths in ("tldr", "even")}
     mfu = {lengths: best("joint", some, "mfu", max) for lengths, some in names.items()}
     varied = parts.get("decoding", {}).get("varied lengths", {}).get("time_over_generate", {})

@@ -91,8 +91,9 @@ def measure(job: dict, out: str) -> dict:
         n = step.tokens("y")
         gs = [[row["y"] for row in part] for part in step.micro_batches]  # of BASH: its values do not matter here
         if how:
-            with fsdp.inference(run.model):
-                gs = [mixed(part) for part in step.micro_batches]
+            with fsdp.inference(run.model):  # of the whole step at once, as scs.py does
+                g = iter(mixed([row for part in step.micro_batches for row in part]))
+            gs = [[next(g) for _ in part] for part in step.micro_batches]
         for part, g in zip(step.micro_batches, gs):
             x, y = ([row[name] for row in part] for name in ("x", "y"))
             terms = {"bash": (bash_loss, g, y), "scs": (scs_loss, g, y), "sft": (sft_loss, y, y)}
