@@ -122,8 +122,7 @@ def make_d_r(run: Run, examples: Dataset, iteration: int, pairs: Dataset | None 
         d_r = rac_options.labelled_by_start(run, iteration, examples, draw, label)
     else:
         d_r = run.offline(name, partial(label, run.model), examples, z=draw)
-    sift.report(name)
-    rac_options.report(d_r, run.tokenizer, args.task, run.out / f"{name}.json")
+    rac_options.report(d_r, run.tokenizer, args.task, run.out / f"{name}.json", sift.report(name))
     return d_r
 
 

@@ -17,6 +17,7 @@ Each option is kept for a reader who would miss it, or for a result that rests o
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,9 +109,16 @@ def describe(d_r: Dataset) -> dict[str, float]:
     }
 
 
-def report(d_r: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, path: Path) -> None:
-    """Prints and writes what a D_r holds; on toy and sums, where the right labels are known, also how good they are."""
+def report(
+    d_r: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, path: Path, implausible: float | None = None
+) -> None:
+    """Prints and writes what a D_r holds; on toy and sums, where the right labels are known, also how good they are.
+    implausible: the share that Sift counted; where it is None, as of a run that goes on, the file's stays."""
     found = describe(d_r)
+    if implausible is None and path.exists():
+        implausible = json.loads(path.read_text()).get("implausible")
+    if implausible is not None:
+        found["implausible"] = implausible
     rows = [row for row in d_r if sums.has_sum(sums.text_of(tokenizer, row["y"]))] if task in sums.TASKS else []
     if rows:
         found |= sums.label_quality(tokenizer, *([row[name] for row in rows] for name in ("y", "z", "z_bar")))
@@ -146,16 +154,19 @@ class Sift:
             z_bar = plausible_labels(model, x, z, z_bar, args.plausible, args.micro_batch_size)
         return [row | {"z_bar": kept} for row, kept in zip(rows, z_bar, strict=True)]
 
-    def report(self, name: str) -> None:
-        """Says how many corrections are implausible, where any were counted here. Called by all ranks."""
+    def report(self, name: str) -> float | None:
+        """Says and returns which share of the corrections is implausible, where any were counted here. Called by all
+        ranks."""
         found, plausible = all_sum(self.seen).tolist()
-        if found:
-            share, hint = 1 - plausible / found, ""
-            if share > 0.5 and not self.run.args.plausible:
-                costs = "to learn these costs accuracy in sampling (docs/study.md)"
-                hint = f". WARNING: {costs}; --plausible leaves such ones out"
-            said = f"{share:.0%} of the corrections have a chance under {IMPLAUSIBLE} without the reference"
-            print0(f"{name}: {said}{hint}")
+        if not found:
+            return None
+        share, hint = 1 - plausible / found, ""
+        if share > 0.5 and not self.run.args.plausible:
+            costs = "to learn these costs accuracy in sampling (docs/study.md)"
+            hint = f". WARNING: {costs}; --plausible leaves such ones out"
+        said = f"{share:.0%} of the corrections have a chance under {IMPLAUSIBLE} without the reference"
+        print0(f"{name}: {said}{hint}")
+        return share
 
 
 def plausible_labels(

@@ -489,6 +489,11 @@ def test_implausible_corrections_are_counted(base, tmp_path, monkeypatch, capsys
     printed = capsys.readouterr().err
     assert f"D_r_1: {share:.0%} of the corrections have a chance under {limit} without the reference" in printed
     assert ("--plausible leaves" in printed) == (share == 1 and not flags)
+    found = json.loads((tmp_path / "out" / "D_r_1.json").read_text())
+    assert found["implausible"] == share
+    d_r = datasets.load_from_disk(str(tmp_path / "out" / "D_r_1"))  # of a run that goes on nothing is counted again
+    rac_options.report(d_r, tiny.word_tokenizer(), "ultrachat", tmp_path / "out" / "D_r_1.json")
+    assert json.loads((tmp_path / "out" / "D_r_1.json").read_text()) == found
 
 
 def test_rac_flags_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
