@@ -25,6 +25,7 @@ itself in so small a model. Most references in (2) hold arbitrary results, and n
 a target there unless y states it: (2) teaches how to read a reference, not arithmetic.
 """
 
+import argparse
 import json
 import random
 import shutil
@@ -225,6 +226,29 @@ def check_difficulty(args) -> None:
         raise ValueError(f"{told}: give both")
 
 
+def write(args: argparse.Namespace, out: Path) -> None:
+    """Fills the folder with what the command makes."""
+    torch.manual_seed(args.seed)
+    if args.command in ("data", "preferences"):
+        if args.command == "data":
+            easy = {"operands": tuple(args.operands), "n_steps": tuple(args.steps), "top": args.top}
+            harder = {"operands": args.hard_operands or args.operands, "n_steps": args.hard_steps or args.steps}
+            files = splits(args.train, args.valid, args.test, args.seed, args.hard, easy | harder, **easy)
+        else:
+            files = {"pairs": preferences(read_pairs(args.pairs, ("z", "z_bar"), tokenizer()))}
+        for name, rows in files.items():
+            (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return
+    tok = tokenizer() if args.command == "base" else byte_tokenizer(args.text, args.vocab)
+    special_ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if args.command == "base":
+        model = train_base(new_model(len(tok), args.layers, args.width, **special_ids), args.steps, args.seed)
+    else:
+        model = new_model(len(tok), args.layers, args.width, 2048, **special_ids)
+    model.save_pretrained(out)
+    tok.save_pretrained(out)
+
+
 def main():
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -259,25 +283,11 @@ def main():
     partial = args.out.with_name(args.out.name + ".partial")  # renamed at the end: what is there is whole
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    torch.manual_seed(args.seed)
-    if args.command in ("data", "preferences"):
-        if args.command == "data":
-            easy = {"operands": tuple(args.operands), "n_steps": tuple(args.steps), "top": args.top}
-            harder = {"operands": args.hard_operands or args.operands, "n_steps": args.hard_steps or args.steps}
-            files = splits(args.train, args.valid, args.test, args.seed, args.hard, easy | harder, **easy)
-        else:
-            files = {"pairs": preferences(read_pairs(args.pairs, ("z", "z_bar"), tokenizer()))}
-        for name, rows in files.items():
-            (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        tok = tokenizer() if args.command == "base" else byte_tokenizer(args.text, args.vocab)
-        special_ids = {name: getattr(tok, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        if args.command == "base":
-            model = train_base(new_model(len(tok), args.layers, args.width, **special_ids), args.steps, args.seed)
-        else:
-            model = new_model(len(tok), args.layers, args.width, 2048, **special_ids)
-        model.save_pretrained(partial)
-        tok.save_pretrained(partial)
+    try:
+        write(args, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     partial.rename(args.out)
 
 

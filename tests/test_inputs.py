@@ -503,6 +503,7 @@ def test_a_mistake_is_one_line(base, tmp_path, monkeypatch, capsys, case):
     assert usage or len(before) <= 2 or NAN in prepare  # else how many examples there are, and what a batch is
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == made
     assert not any(path.stat().st_size for path in tmp_path.rglob("results.json"))
+    assert not [*tmp_path.rglob("*.partial")]
 
 
 WORKS = {

@@ -141,6 +141,10 @@ def test_base_and_data_commands(tmp_path):
     run("data", "--out", tmp_path / "data", "--train", 5, "--valid", 4, "--test", 3)
     rows = [json.loads(line) for line in (tmp_path / "data/train.jsonl").read_text().splitlines()]
     assert len(rows) == 5 and set(rows[0]) == {"prompt", "response"}
+    wrong = [sys.executable, toy.__file__, "data", "--out", tmp_path / "large", "--operands", "2", "300"]
+    told = subprocess.run(wrong, stderr=subprocess.PIPE, text=True).stderr
+    assert "error: operands up to 300, 4 steps: must be at most 20" in told
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "data"}  # nothing is left of it
 
 
 def test_problems_of_two_difficulties(tmp_path):
