@@ -19,7 +19,7 @@ no other one is right (best minus second best, 2503.19595). An example with n = 
 
     x = 3 + 4 =      y = 7 . EOS           z_1 = 7 . EOS    right    2 C(2, 1) / C(3, 1) = 4/3
                                            z_2 = 8 . EOS    wrong    0
-                                           z_3 = 7 . EOS    right    4/3, read with z_1 as one row of weight 8/3
+                                           z_3 = 7 . EOS    right    4/3, read with z_1 as one row of 8/3 / n
                                            z_4 = 9 EOS      wrong    0
 
 Each iteration writes D_bon to OUT/D_bon_1, ... (a `datasets` folder, a row a prompt: id, x, y, and lists of the n
@@ -30,8 +30,9 @@ Departures and decisions
 - Chow et al. draw in every step; here samples are drawn offline, once an iteration, and J_SFT of y is learnt beside
   them (--sft-weight). The unbiased weights are PKPO's: the paper's factor with p estimated from the same n samples
   is biased (5.1 times too large at p = .3 with n = 16, N = 8).
-- The sum is divided by the tokens of all n samples of the batch's prompts; a wrong one adds 0 and still counts, as a
-  masked token in Eq. 7. So where little is right little is learnt beside y. J_SFT is a mean over the tokens of y.
+- The sum over prompts of 1/n sum_i w_i log pi(z_i|x) is divided by the tokens of a sample, in the mean over a prompt's
+  n and summed over prompts; a wrong one adds 0 and still counts, as a masked token in Eq. 7. So where little is right
+  little is learnt beside y. J_SFT is a mean over the tokens of y.
 - A batch is --batch-size prompts, each with all its right samples, equal ones once; J_SFT counts y once a prompt. The
   rows of a pass (--micro-batch-size) are different samples.
 - Weights are for samples of the model itself: --temperature 1, and no top-k. Not built: see docs/bon.md.
@@ -136,15 +137,17 @@ def make_d_bon(run: Run, examples: Dataset, iteration: int, best_of: int, refere
 
 
 def rows_of(prompt: dict) -> list[dict]:
-    """What a step reads of a row of D_bon: each sample of a weight in a row of its own, equal ones as one, their
-    weights added; and y once, beside the first. `drawn` there: the tokens of all n samples."""
+    """What a step reads of a row of D_bon: each sample of a weight in a row of its own, equal ones as one, with their
+    share w / n of the mean over n samples; and y once, beside the first. `drawn` there: the tokens of a sample, in the
+    mean over all n."""
     weight: dict[tuple[int, ...], float] = {}
+    n = len(prompt["z"])
     for z, w in zip(prompt["z"], prompt["weight"], strict=True):
-        weight[tuple(z)] = weight.get(tuple(z), 0.0) + w
+        weight[tuple(z)] = weight.get(tuple(z), 0.0) + w / n
     kept = {z: w for z, w in weight.items() if w} or {(): 0.0}
-    shared = {"id": prompt["id"], "x": prompt["x"], "y": [], "drawn": 0}
+    shared = {"id": prompt["id"], "x": prompt["x"], "y": [], "drawn": 0.0}
     rows = [shared | {"z": [*z], "weight": w} for z, w in kept.items()]
-    rows[0] |= {"y": prompt["y"], "drawn": sum(map(len, prompt["z"]))}
+    rows[0] |= {"y": prompt["y"], "drawn": sum(map(len, prompt["z"])) / n}
     return rows
 
 
@@ -184,7 +187,7 @@ def main() -> None:
     paper.add_argument("--dco", action="store_true", help="DCO on y instead: no samples")
     engine_z.add_flag(p)
     group(p, "data").add_argument("--pairs", help="a D_bon to use in the first iteration instead of making one")
-    machine.add_argument("--share-prompt", action="store_true", help="y and z read x once (4-D attention mask)")
+    machine.add_argument("--share-prompt", action="store_true", help="y and a prompt's first z read x once")
     machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
     bon_options.add_flags(p)
     args = p.parse_args()
@@ -205,9 +208,12 @@ def main() -> None:
     weight = {"bon": 1.0, "sft": args.sft_weight}
     for iteration in range(1, args.iterations + 1):
         d_bon = pairs if pairs and iteration == 1 else make_d_bon(run, examples, iteration, best_of, references)
-        bon_options.report(d_bon, best_of, run.out / f"D_bon_{iteration}.json")
+        known = args.best_of or not (pairs and iteration == 1)  # else the weights say for which N they are
+        bon_options.report(d_bon, args.weights, best_of if known else None, run.out / f"D_bon_{iteration}.json")
         for step in run.steps(d_bon, args.epochs, rows_of):  # a batch of prompts: rows of y and their right z
             n = {"bon": sum(row["drawn"] for row in step.rows), "sft": step.tokens("y")}  # of the global batch
+            if args.weights == "sft":  # both terms are of one gradient
+                n["bon"] = n["sft"]
             for rows in step.micro_batches:  # this rank's share
                 x, y = ([row[name] for row in rows] for name in ("x", "y"))
                 terms = {"bon": bon_term(rows, run.device)}

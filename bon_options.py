@@ -7,9 +7,9 @@ about right and wrong. With p the chance that a sample is wrong, J = 1 - p^N and
     grad log J               = g E[s | right]                          BoN-RLB(P), the positive form
     grad log pi_bon(y)       = s(y) - (1 - g) E[s | right]             BoN-SFT of a right y: SFT less what is known
 
-pi_bon is the distribution of the best of N. RLB(P) drawn from pi_bon instead of pi is grad J. Here p is c / n of the
-very samples that are learnt, which is biased; bon.py's own weights are not. The weights of `sft` are negative, so it
-unlearns right samples that are common: on-policy that is bounded, over many offline steps it is not.
+pi_bon is the distribution of the best of N. RLB(P) drawn from pi_bon instead of pi is grad J. Here p is 1 - c / n, of
+the very samples that are learnt, which is biased; bon.py's own weights are not. The weights of `sft` are negative, so
+it unlearns right samples that are common: on-policy that is bounded, over many offline steps it is not.
 
 --score FILE is for a verifier that is not the reward: it selects by its score, and what it selects is right or not.
 """
@@ -54,7 +54,13 @@ def check_flags(args: argparse.Namespace, best_of: int) -> None:
     if args.dco:
         if args.pairs or args.z or args.score or args.iterations != 1 or args.weights != "unbiased":
             raise ValueError("--dco draws nothing: it takes no --pairs, --z, --score, --weights or --iterations")
+        if args.temperature != 1 or args.sft_weight != 1 or args.share_prompt:
+            raise ValueError("--dco is one loss, of y alone: it takes no --temperature, --sft-weight or --share-prompt")
         return
+    if args.score and args.iterations > 1:
+        raise ValueError("--score is of the samples of --pairs, and --iterations 2 draws others: give --iterations 1")
+    if args.weights == "sft" and args.sft_weight != 1:
+        raise ValueError("--weights sft is half of a gradient, y's the other half: it takes no --sft-weight")
     if args.score and not args.pairs:
         raise ValueError("--score is for samples that are there: draw them with --epochs 0, then give --pairs")
     if args.score and args.weights != "unbiased":
@@ -62,6 +68,12 @@ def check_flags(args: argparse.Namespace, best_of: int) -> None:
     if draws(args):
         if args.task not in CHECKS:
             raise ValueError(f"--task {args.task} has no checker of answers; there are {', '.join(sorted(CHECKS))}")
+        if args.pairs and not args.best_of:
+            raise ValueError("--pairs has weights for an N of its own, and --iterations draws anew: give --best-of N")
+        if args.n > 1 and not args.temperature:
+            raise ValueError(f"--temperature 0 draws the same {args.n} times: the weights are for samples at 1")
+        if args.temperature != 1:
+            print0(f"--temperature {args.temperature:g}: the weights are unbiased for samples at temperature 1 alone")
         if best_of > args.n:
             raise ValueError(f"--best-of {best_of} is more than --n {args.n}: N cannot be estimated from fewer samples")
 
@@ -140,12 +152,13 @@ def read_d_bon(
     weights: Callable[[list[bool]], list[float]] | None,
     best_of: int,
 ) -> Dataset:
-    """A D_bon made before, here or by another program (c and answer may be missing there). Raises ValueError, with the
-    folder and the column or row, where it does not fit."""
+    """A D_bon made before, here or by another program (c and answer may be missing there; right may be 0 and 1). Raises
+    ValueError, with the folder and the column or row, where it does not fit."""
     pairs = folders.read_pairs(folder, pair, tokenizer)
     if missing := [name for name in ("z", "right", "weight") if name not in pairs.column_names]:
         there = ", ".join(pairs.column_names)
         raise ValueError(f"--pairs {folder}: no column {', '.join(missing)}; there are {there}")
+    first: dict[int, int] = {}
     for i, row in enumerate(pairs):
         where, (z, right, weight) = f"--pairs {folder}, row {i}", (row[name] for name in ("z", "right", "weight"))
         if not all(isinstance(column, list) for column in (z, right, weight)):
@@ -162,22 +175,36 @@ def read_d_bon(
             raise ValueError(f"{where}: the weights are not all finite numbers")
         if (weights or score) and best_of > len(z):
             raise ValueError(f"{where}: {len(z)} samples; --best-of {best_of} needs as many")
+        if score and first.setdefault(row["id"], i) != i:
+            raise ValueError(f"{where}: of id {row['id']}, as row {first[row['id']]}: whose scores would be whose?")
+    right = [[bool(r) for r in row] for row in pairs["right"]]
+    pairs = pairs.remove_columns("right").add_column("right", right)
+    if "answer" in pairs.column_names and not all(map(one_each, pairs["answer"], right)):
+        print0(f"--pairs {folder}: its column answer does not have a text for each sample, and is not read")
+        pairs = pairs.remove_columns("answer")
     if score:
         scores = read_scores(f"--score {score}", score, {row["id"]: len(row["z"]) for row in pairs})
         # the positive form: a wrong sample that wins over a right one is not unlearnt
         ranked = (rank_weights(row["right"], scores[row["id"]], best_of) for row in pairs)
         fresh = [[max(w, 0.0) for w in row] for row in ranked]
     elif weights:
-        fresh = [weights([bool(r) for r in right]) for right in pairs["right"]]
+        fresh = [weights(row) for row in right]
     else:
         return pairs
     return pairs.remove_columns("weight").add_column("weight", fresh)
 
 
-def describe(d_bon: Dataset, best_of: int) -> dict[str, float]:
+def one_each(answers: object, right: list[bool]) -> bool:
+    """Is there one answer, a text, for each sample?"""
+    return isinstance(answers, list) and len(answers) == len(right) and all(isinstance(a, str) for a in answers)
+
+
+def describe(d_bon: Dataset, best_of: int | None) -> dict[str, float]:
     """What a D_bon holds; see `report`."""
     n, c = [len(z) for z in d_bon["z"]], [sum(right) for right in d_bon["right"]]
-    k = min(best_of, *n)
+    k = min(best_of or max(n), *n)
+    of = [(w, z != y) for y, zs, ws in zip(d_bon["y"], d_bon["z"], d_bon["weight"]) for z, w in zip(zs, ws)]
+    total, other = sum(w for w, _ in of), sum(w for w, differs in of if differs)
     found = {
         "pass@1": statistics.fmean(pass_at_k(n_i, c_i, 1) for n_i, c_i in zip(n, c)),
         f"pass@{k}": statistics.fmean(pass_at_k(n_i, c_i, k) for n_i, c_i in zip(n, c)),
@@ -185,6 +212,7 @@ def describe(d_bon: Dataset, best_of: int) -> dict[str, float]:
         "all_right": statistics.fmean(c_i == n_i for n_i, c_i in zip(n, c)),
         "with_a_weight": statistics.fmean(any(weight) for weight in d_bon["weight"]),
         "mean_weight": statistics.fmean(w for weight in d_bon["weight"] for w in weight),
+        "weight_not_y": other / total if total else 0.0,
     }
     if "answer" in d_bon.column_names:  # in nats: of how the n answers of a prompt are spread over different ones
         counts = [Counter(answers).values() for answers in d_bon["answer"]]
@@ -192,19 +220,20 @@ def describe(d_bon: Dataset, best_of: int) -> dict[str, float]:
     return found
 
 
-def report(d_bon: Dataset, best_of: int, path: Path) -> None:
-    """Prints and writes what a D_bon holds: pass@1 and pass@N, shares of prompts with no, with only right samples, and
-    with any weight, the mean weight of a sample, the entropy of the answers; and warns where N gives no signal."""
+def report(d_bon: Dataset, weights: str, best_of: int | None, path: Path) -> None:
+    """Prints and writes what a D_bon holds: pass@1 and pass@N (best_of None: N is that of the weights; pass@n),
+    shares of prompts with no, with only right samples, and with any weight, the mean weight of a sample, how much of
+    the weight is on samples other than y, the entropy of the answers; and warns where N gives no signal."""
     found = describe(d_bon, best_of)
     print0(f"{path.stem}:", ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
-    if found["none_right"] == 1:
-        print0("WARNING: no sample of any prompt is right: there is nothing to learn but y")
+    if not any(any(weight) for weight in d_bon["weight"]):
+        what = "is right" if found["none_right"] == 1 else "has a weight"
+        print0(f"WARNING: no sample of any prompt {what}: there is nothing to learn but y")
     elif found["with_a_weight"] < FEW:
-        others = max(0.0, 1 - found["with_a_weight"] - found["none_right"])
-        print0(
-            f"WARNING: only {found['with_a_weight']:.1%} of the prompts have a sample to learn from; none is right in "
-            f"{found['none_right']:.1%} (a larger --n may find one), and too few wrong in {others:.1%} (a smaller "
-            "--best-of learns from them)"
-        )
+        why = f"none is right in {found['none_right']:.1%} (a larger --n may find one)"
+        if weights == "unbiased" and best_of and best_of > 1:
+            others = max(0.0, 1 - found["with_a_weight"] - found["none_right"])
+            why += f", and too few wrong in {others:.1%} (a smaller --best-of learns from them)"
+        print0(f"WARNING: only {found['with_a_weight']:.1%} of the prompts have a sample to learn from; {why}")
     if RANK == 0:
         folders.write_json(path, found)

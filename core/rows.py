@@ -95,6 +95,9 @@ def source_rows(path: str | None, hub: tuple[str, ...], split: str) -> tuple[Ite
             what = f"--data {path}: no such file, and as a hub set it" if path else f"hub set {name} ({split})"
             raise ValueError(f"{what} could not be loaded: {reason}{'' if path else '; --data takes a file'}") from None
         rows = datasets.concatenate_datasets(parts)
+        if len(parts) > 1:  # by turns, in proportion: the first N are of all of them
+            place = [(j + 0.5) / len(part) for part in parts for j in range(len(part))]
+            rows = rows.select(sorted(range(len(rows)), key=place.__getitem__))
     return rows, source
 
 
@@ -121,7 +124,7 @@ def read_scores(what: str, path: str, samples: dict[int, int]) -> dict[int, list
             raise ValueError(f"{what}, row {i}: id and sample must be whole numbers, not {key[0]!r} and {key[1]!r}")
         if key in found:
             raise ValueError(f"{what}, row {i}: a second score for id {key[0]}, sample {key[1]}")
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < math.inf:
             raise ValueError(f"{what}, row {i}: the score {score!r} is not a finite number")
         found[key] = score
     wanted = {(i, sample) for i, n in samples.items() for sample in range(n)}

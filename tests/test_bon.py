@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from decimal import Decimal, getcontext
 
 import datasets
@@ -258,10 +259,10 @@ PROMPT |= {"right": [True, False, True, False, True], "weight": [1.5, 0.0, 1.5, 
 
 def test_rows_of_a_prompt():
     one, two = bon.rows_of(PROMPT)
-    assert one == {"id": 3, "x": [5, 6], "y": [9, 1], "z": [7, 1], "weight": 3.0, "drawn": 9}
-    assert two == {"id": 3, "x": [5, 6], "y": [], "z": [7], "weight": 1.5, "drawn": 0}
+    assert one == {"id": 3, "x": [5, 6], "y": [9, 1], "z": [7, 1], "weight": pytest.approx(3 / 5), "drawn": 9 / 5}
+    assert two == {"id": 3, "x": [5, 6], "y": [], "z": [7], "weight": pytest.approx(1.5 / 5), "drawn": 0}
     (none,) = bon.rows_of(PROMPT | {"weight": [0.0] * 5})
-    assert none == {"id": 3, "x": [5, 6], "y": [9, 1], "z": [], "weight": 0.0, "drawn": 9}
+    assert none == {"id": 3, "x": [5, 6], "y": [9, 1], "z": [], "weight": 0.0, "drawn": 9 / 5}
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -285,7 +286,8 @@ def test_a_step_reads_the_rows_of_its_prompts(tmp_path, monkeypatch, world_size)
             batch = sorted((row for prompt in picked for row in bon.rows_of(prompt)), key=batches.length)
             assert step.rows == batch and step.ids == [row["id"] for row in batch]
             assert step.tokens("y") == 2 * len(picked)
-            assert sum(row["drawn"] for row in step.rows) == sum(len(z) for prompt in picked for z in prompt["z"])
+            drawn = sum(len(z) for prompt in picked for z in prompt["z"]) / 6
+            assert sum(row["drawn"] for row in step.rows) == pytest.approx(drawn)
             mine = [row for some in step.micro_batches for row in some]
             assert len(mine) == math.ceil(len(batch) / world_size) and max(map(len, step.micro_batches)) <= 2
             dealt.setdefault(k, []).extend(row for row in mine if row["weight"] != [])
@@ -317,7 +319,8 @@ def test_equal_samples_merged_are_those_not_merged(monkeypatch, share_prompt, ch
     monkeypatch.setattr(batches, "CHUNK", chunk)
     model = tiny.model("llama")
     idle = {"id": 0, "x": [5], "y": [], "z": [], "weight": [], "drawn": []}
-    apart = [{"x": [5, 6], "y": [], "z": z, "weight": w} for z, w in zip(PROMPT["z"], PROMPT["weight"])]
+    shares = [w / 5 for w in PROMPT["weight"]]  # of the mean over 5 samples
+    apart = [{"x": [5, 6], "y": [], "z": z, "weight": w} for z, w in zip(PROMPT["z"], shares)]
     apart[0]["y"] = PROMPT["y"]
     found = []
     for some in ([*bon.rows_of(PROMPT), idle], apart):
@@ -329,7 +332,7 @@ def test_equal_samples_merged_are_those_not_merged(monkeypatch, share_prompt, ch
         found.append((sums["bon"], grad(sums["bon"] + sums["sft"], *model.parameters())))
     assert float(found[0][0]) == pytest.approx(float(found[1][0]), rel=1e-6)
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)
-    expected = -sum(w * log_p(model, [5, 6], z) for z, w in zip(PROMPT["z"], PROMPT["weight"]))
+    expected = -sum(w * log_p(model, [5, 6], z) for z, w in zip(PROMPT["z"], shares))
     assert float(found[0][0]) == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -446,8 +449,24 @@ def test_pairs_round_trip_and_another_n(base, whole, tmp_path, monkeypatch):
         assert largest_difference(read, drawn) == 0 and largest_difference(read, again) > 0
         assert load(drawn / "D_bon_1")["z"][:] == load(whole / "D_bon_1")["z"][:]
     own = load(whole / "D_bon_1").select_columns(["x", "y", "z", "right", "weight"])  # as other programs may
+    foreign = {"right": [[float(r) for r in row] for row in own["right"]], "answer": ["#### 7"] * len(own)}
+    own = own.remove_columns("right").add_column("right", foreign["right"]).add_column("answer", foreign["answer"])
     own.save_to_disk(str(tmp_path / "own"))
     assert largest_difference(again, run(monkeypatch, "bon", base, tmp_path / "o", "--pairs", tmp_path / "own")) == 0
+    assert "entropy" not in json.loads((tmp_path / "o" / "D_bon_1.json").read_text())
+
+
+def test_bon_sft_as_a_step_is_its_gradient(base, tmp_path, monkeypatch):
+    """Both halves over one divisor, though samples are longer or shorter than y: s(y) - (1 - g) E[s | right]."""
+    flags = ("--n", "6", "--best-of", "3", "--weights", "sft", "--batch-size", "9", "--max-steps", "1")
+    out = run(monkeypatch, "bon", base, tmp_path / "out", *flags)
+    model, total, tokens = fsdp.load_model(str(base / "llama")), 0.0, 0
+    for row in load(out / "D_bon_1"):
+        good = [float(log_p(model, row["x"], z)) for z, right in zip(row["z"], row["right"]) if right]
+        if good:
+            total += (1 - bon_options.g(1 - len(good) / 6, 3)) * sum(good) / len(good)
+        tokens += len(row["y"])
+    assert log(out)[0]["bon"] == pytest.approx(total / tokens, rel=1e-4) and total
 
 
 @pytest.mark.parametrize("step", [2, 5])
@@ -543,6 +562,11 @@ def test_scores_for_other_rows(whole, tmp_path, change, message):
         ("--score s.jsonl", "--score is for samples that are there: draw them with --epochs 0, then give --pairs"),
         ("--pairs D --score s.jsonl --weights rlb", "--score has weights of its own, --weights others: choose"),
         ("--dco --pairs D", "--dco draws nothing: it takes no --pairs, --z, --score, --weights or --iterations"),
+        ("--dco --sft-weight 0.5", "--dco is one loss, of y alone: it takes no --temperature, --sft-weight or"),
+        ("--pairs D --score s.jsonl --iterations 2", "--iterations 2 draws others: give --iterations 1"),
+        ("--pairs D --iterations 2", "--pairs has weights for an N of its own, and --iterations draws anew: give --"),
+        ("--weights sft --sft-weight 0.5", "--weights sft is half of a gradient, y's the other half: it takes no"),
+        ("--temperature 0", "--temperature 0 draws the same 16 times: the weights are for samples at 1"),
         ("--weights twosided", "invalid choice: 'twosided'"),
         ("--pairs missing", "--pairs missing: not a folder written by datasets' save_to_disk"),
     ],
@@ -570,10 +594,11 @@ def test_a_task_without_a_checker_and_references_without_answers(base, tmp_path,
         ({"right": [2] * 6}, "", "row 0: right must say of each sample true or false"),
         ({"z": [[]] * 6}, "", "row 0: z must be a list of samples, each a list of token ids, and not empty"),
         ({"z": [3] * 6}, "", "row 0: z must be a list of samples, each a list of token ids, and not empty"),
-        ({"z": [[999]] * 6}, "", "--pairs {pairs}, row 0"),
+        ({"z": [[999]] * 6}, "", "--pairs {pairs}, row 0: x and y hold token id 999"),
         ({"right": True}, "", "row 0: z, right and weight must be lists, with an entry for each sample"),
         ({}, "--best-of 7", "row 0: 6 samples; --best-of 7 needs as many"),
         ({}, "--best-of 2 --score missing.jsonl", "--score missing.jsonl: no such file"),
+        ({"id": 0}, "--best-of 2 --score missing.jsonl", "row 1: of id 0, as row 0: whose scores would be whose?"),
     ],
 )  # fmt: skip
 def test_pairs_that_do_not_fit(base, whole, tmp_path, monkeypatch, capsys, change, flags, message):
@@ -602,14 +627,21 @@ def test_what_a_d_bon_holds(tmp_path, capsys):
     found = bon_options.describe(d_bon_of([1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]), 2)
     expected = {"pass@1": 7 / 16, "pass@2": (1 / 2 + 0 + 1 + 5 / 6) / 4, "none_right": 1 / 4, "all_right": 1 / 4}
     expected |= {"with_a_weight": 1 / 2, "mean_weight": (2 + 2 * 2 * 2 / 3) / 16, "entropy": math.log(2)}
+    expected |= {"weight_not_y": 1}
     assert found == pytest.approx(expected)
     cases = {"none": [[0, 0, 0, 0]] * 3, "all": [[1, 1, 1, 1]] * 20 + [[1, 0, 0, 0]], "some": [[1, 0, 0, 0]] * 2}
     for name, rights in cases.items():
-        bon_options.report(d_bon_of(*rights), 2, tmp_path / f"{name}.json")
+        made = d_bon_of(*rights)
+        bon_options.report(made, "unbiased", 2, tmp_path / f"{name}.json")
         said = capsys.readouterr().err
         assert ("nothing to learn but y" in said) == (name == "none")
         assert ("too few wrong in 95.2% (a smaller --best-of" in said) == (name == "all")
-        assert json.loads((tmp_path / f"{name}.json").read_text())["pass@1"] >= 0
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["pass@1"] == pytest.approx(sum(map(sum, rights)) / 4 / len(rights)) and "pass@2" in found
+        assert found["weight_not_y"] == (name != "none")  # z is [7] there, y is [6]
+        bon_options.report(made, "rlb", None, tmp_path / f"{name}.json")  # of an N that is not known
+        assert "smaller --best-of" not in capsys.readouterr().err
+        assert "pass@4" in json.loads((tmp_path / f"{name}.json").read_text())
 
 
 def test_n_1_and_no_right_sample_at_all(base, tmp_path, monkeypatch, capsys):
@@ -622,14 +654,17 @@ def test_n_1_and_no_right_sample_at_all(base, tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-@pytest.fixture
-def measured(base, tmp_path, monkeypatch):
-    out = tmp_path / "eval"
+def evaluated(monkeypatch, base, out):
     words = ["run", "--model", base / "llama", "--task", "toy", "--data", base / "train.jsonl", "--out", out]
     words += ["--name", "m", "--temperatures", "0,1", "--generations", "4", "--k", "2", "--max-response", "12"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, words)])
     evaluate.main()
     return out
+
+
+@pytest.fixture
+def measured(base, tmp_path, monkeypatch):
+    return evaluated(monkeypatch, base, tmp_path / "eval")
 
 
 def best_of(monkeypatch, *words):
@@ -651,8 +686,10 @@ def test_best_of_n_by_a_score_and_the_plot(base, measured, tmp_path, monkeypatch
     assert found["metrics"]["bon@2_t1"] == pytest.approx(results["metrics"]["pass@2_t1"])
     assert found["details"]["t1"]["best_of_n_by_score"] == pytest.approx(results["details"]["t1"]["pass@k"])
     best_of(monkeypatch, measured, "--scores", write_scores(tmp_path / "o.jsonl", rows))
-    other = json.loads((measured / "results.json").read_text())["metrics"]
-    assert other["bon@4_t1"] < other["bon@2_t1"] == found["metrics"]["bon@2_t1"]
+    other = json.loads((measured / "results.json").read_text())
+    assert other["metrics"]["bon@4_t1"] < found["metrics"]["bon@4_t1"]
+    assert "bon@2_t1" not in other["metrics"]  # another verifier's
+    assert other["details"]["t1"]["best_of_n_scores"]["scores"].endswith("o.jsonl")
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["evaluate.py", "table", str(measured / "results.json")])
     evaluate.main()
@@ -681,6 +718,18 @@ def test_best_of_n_of_what_is_not_there(measured, tmp_path, monkeypatch, capsys,
     with pytest.raises(SystemExit):
         best_of(monkeypatch, measured, "--scores", path, *flags.split())
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_best_of_n_of_data_that_has_changed(base, tmp_path, monkeypatch, capsys):
+    shutil.copytree(base, tmp_path / "base")
+    out = evaluated(monkeypatch, tmp_path / "base", tmp_path / "eval")
+    path = write_scores(tmp_path / "s.jsonl", load(out / "generations-t1"))
+    train, before = tmp_path / "base" / "train.jsonl", (out / "results.json").read_bytes()
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(SystemExit):
+        best_of(monkeypatch, out, "--scores", path)
+    assert "train.jsonl has changed since that run" in capsys.readouterr().err
+    assert (out / "results.json").read_bytes() == before
 
 
 def test_the_real_checkers_are_still_there():

@@ -9,6 +9,7 @@ import torch
 import batches
 import data
 import tiny
+from core.rows import source_rows
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +290,24 @@ def test_json_and_parquet_files_read_like_jsonl(tmp_path):
     paths = [write(tmp_path / "d.jsonl", rows), str(tmp_path / "d.json"), str(tmp_path / "d.parquet")]
     a, b, c = (data.load_rows("gsm8k", path) for path in paths)
     assert a == b == c and a[1]["prompt"] == "q1" and a[1]["id"] == 1
+
+
+def test_the_first_rows_of_a_set_of_several_parts_are_of_all_of_them(monkeypatch):
+    """MATH has seven, one a subject, of very different size."""
+    import datasets
+
+    sizes = {"algebra": 8, "geometry": 2, "prealgebra": 4}
+
+    def load(name, config, split):
+        return datasets.Dataset.from_list([{"part": config, "row": j} for j in range(sizes[config])])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found, source = source_rows(None, ("math", *sizes), "test")
+    found = found.to_list()
+    assert source == "math" and len(found) == 14
+    for name, size in sizes.items():
+        assert [row["row"] for row in found if row["part"] == name] == [*range(size)]
+        assert sum(row["part"] == name for row in found[:7]) == size / 2
 
 
 # ------------------------------------------------------------------------------------------------ the layout
