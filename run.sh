@@ -4,7 +4,7 @@
 #     bash run.sh            the embedded default, one seed, about seven minutes on two CPU cores
 #     QUICK=1 bash run.sh    the same path in about two minutes, with numbers that mean nothing
 #     bash run.sh real       the same with a pretrained language model, SmolLM2-135M-Instruct: about 90 minutes
-#     bash run.sh test       the tests
+#     bash run.sh test       the tests                     bash run.sh setup      .venv alone
 #
 # A second call goes on where the first one stopped. Override with environment variables:
 #     OUT=out      folder of everything that is made         SEEDS="1"    e.g. SEEDS="1 2 3 4 5"
