@@ -204,6 +204,8 @@ def describe(d_bon: Dataset, best_of: int | None) -> dict[str, float]:
     n, c = [len(z) for z in d_bon["z"]], [sum(right) for right in d_bon["right"]]
     k = min(best_of or max(n), *n)
     of = [(w, z != y) for y, zs, ws in zip(d_bon["y"], d_bon["z"], d_bon["weight"]) for z, w in zip(zs, ws)]
+    # what a step reads: equal samples once, and y beside the first
+    rows = [len({tuple(z) for z, w in zip(zs, ws) if w}) or 1 for zs, ws in zip(d_bon["z"], d_bon["weight"])]
     total, other = sum(w for w, _ in of), sum(w for w, differs in of if differs)
     found = {
         "pass@1": statistics.fmean(pass_at_k(n_i, c_i, 1) for n_i, c_i in zip(n, c)),
@@ -213,6 +215,7 @@ def describe(d_bon: Dataset, best_of: int | None) -> dict[str, float]:
         "with_a_weight": statistics.fmean(any(weight) for weight in d_bon["weight"]),
         "mean_weight": statistics.fmean(w for weight in d_bon["weight"] for w in weight),
         "weight_not_y": other / total if total else 0.0,
+        "rows_a_prompt": statistics.fmean(rows),
     }
     if "answer" in d_bon.column_names:  # in nats: of how the n answers of a prompt are spread over different ones
         counts = [Counter(answers).values() for answers in d_bon["answer"]]
@@ -221,9 +224,10 @@ def describe(d_bon: Dataset, best_of: int | None) -> dict[str, float]:
 
 
 def report(d_bon: Dataset, weights: str, best_of: int | None, path: Path) -> None:
-    """Prints and writes what a D_bon holds: pass@1 and pass@N (best_of None: N is that of the weights; pass@n),
-    shares of prompts with no, with only right samples, and with any weight, the mean weight of a sample, how much of
-    the weight is on samples other than y, the entropy of the answers; and warns where N gives no signal."""
+    """Prints and writes what a D_bon holds: pass@1 and pass@N (best_of None: N is that of the weights; pass@n), shares
+    of prompts with no, with only right samples, and with any weight, the mean weight of a sample, how much of the
+    weight is on samples other than y, how many rows a step reads of a prompt, the entropy of the answers. Warns where N
+    gives no signal."""
     found = describe(d_bon, best_of)
     print0(f"{path.stem}:", ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
     if not any(any(weight) for weight in d_bon["weight"]):

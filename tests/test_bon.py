@@ -413,6 +413,7 @@ def test_d_bon_is_drawn_checked_and_weighed(base, whole, tmp_path, monkeypatch):
             mixed += 0 < sum(right) < 6
         found = json.loads((whole / f"D_bon_{iteration}.json").read_text())
         assert found["pass@1"] == pytest.approx(sum(d_bon["c"]) / 54)
+        assert found["rows_a_prompt"] == pytest.approx(sum(len(bon.rows_of(row)) for row in d_bon) / 9)
     assert mixed > 8
 
 
@@ -627,7 +628,7 @@ def test_what_a_d_bon_holds(tmp_path, capsys):
     found = bon_options.describe(d_bon_of([1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]), 2)
     expected = {"pass@1": 7 / 16, "pass@2": (1 / 2 + 0 + 1 + 5 / 6) / 4, "none_right": 1 / 4, "all_right": 1 / 4}
     expected |= {"with_a_weight": 1 / 2, "mean_weight": (2 + 2 * 2 * 2 / 3) / 16, "entropy": math.log(2)}
-    expected |= {"weight_not_y": 1}
+    expected |= {"weight_not_y": 1, "rows_a_prompt": 1}
     assert found == pytest.approx(expected)
     cases = {"none": [[0, 0, 0, 0]] * 3, "all": [[1, 1, 1, 1]] * 20 + [[1, 0, 0, 0]], "some": [[1, 0, 0, 0]] * 2}
     for name, rights in cases.items():
