@@ -209,7 +209,8 @@ def main() -> None:
     for iteration in range(1, args.iterations + 1):
         d_bon = pairs if pairs and iteration == 1 else make_d_bon(run, examples, iteration, best_of, references)
         known = args.best_of or not (pairs and iteration == 1)  # else the weights say for which N they are
-        bon_options.report(d_bon, args.weights, best_of if known else None, run.out / f"D_bon_{iteration}.json")
+        path = run.out / f"D_bon_{iteration}.json"
+        bon_options.report(d_bon, run.tokenizer, args.task, args.weights, best_of if known else None, path)
         for step in run.steps(d_bon, args.epochs, rows_of):  # a batch of prompts: rows of y and their right z
             n = {"bon": sum(row["drawn"] for row in step.rows), "sft": step.tokens("y")}  # of the global batch
             if args.weights == "sft":  # both terms are of one gradient

@@ -29,6 +29,7 @@ import torch
 
 import data
 import folders
+import sums
 from core.answers import by_score, pass_at_k
 from core.flags import group
 from core.ranks import RANK, print0
@@ -199,14 +200,16 @@ def one_each(answers: object, right: list[bool]) -> bool:
     return isinstance(answers, list) and len(answers) == len(right) and all(isinstance(a, str) for a in answers)
 
 
-def describe(d_bon: Dataset, best_of: int | None) -> dict[str, float]:
-    """What a D_bon holds; see `report`."""
+def describe(
+    d_bon: Dataset, best_of: int | None, errs: Callable[[list[int], list[int]], bool] | None = None
+) -> dict[str, float]:
+    """What a D_bon holds; see `report`. errs(y, z): is anything in z wrong?"""
     n, c = [len(z) for z in d_bon["z"]], [sum(right) for right in d_bon["right"]]
     k = min(best_of or max(n), *n)
-    of = [(w, z != y) for y, zs, ws in zip(d_bon["y"], d_bon["z"], d_bon["weight"]) for z, w in zip(zs, ws)]
+    of = [(w, y, z) for y, zs, ws in zip(d_bon["y"], d_bon["z"], d_bon["weight"]) for z, w in zip(zs, ws) if w]
     # what a step reads: equal samples once, and y beside the first
     rows = [len({tuple(z) for z, w in zip(zs, ws) if w}) or 1 for zs, ws in zip(d_bon["z"], d_bon["weight"])]
-    total, other = sum(w for w, _ in of), sum(w for w, differs in of if differs)
+    total = sum(w for w, *_ in of) or 1.0
     found = {
         "pass@1": statistics.fmean(pass_at_k(n_i, c_i, 1) for n_i, c_i in zip(n, c)),
         f"pass@{k}": statistics.fmean(pass_at_k(n_i, c_i, k) for n_i, c_i in zip(n, c)),
@@ -214,21 +217,31 @@ def describe(d_bon: Dataset, best_of: int | None) -> dict[str, float]:
         "all_right": statistics.fmean(c_i == n_i for n_i, c_i in zip(n, c)),
         "with_a_weight": statistics.fmean(any(weight) for weight in d_bon["weight"]),
         "mean_weight": statistics.fmean(w for weight in d_bon["weight"] for w in weight),
-        "weight_not_y": other / total if total else 0.0,
+        "weight_not_y": sum(w for w, y, z in of if z != y) / total,
         "rows_a_prompt": statistics.fmean(rows),
     }
+    if errs:
+        found["weight_on_errors"] = sum(w for w, y, z in of if z != y and errs(y, z)) / total
     if "answer" in d_bon.column_names:  # in nats: of how the n answers of a prompt are spread over different ones
         counts = [Counter(answers).values() for answers in d_bon["answer"]]
         found["entropy"] = statistics.fmean(-sum(m / sum(ms) * math.log(m / sum(ms)) for m in ms) for ms in counts)
     return found
 
 
-def report(d_bon: Dataset, weights: str, best_of: int | None, path: Path) -> None:
+def report(
+    d_bon: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, weights: str, best_of: int | None, path: Path
+) -> None:
     """Prints and writes what a D_bon holds: pass@1 and pass@N (best_of None: N is that of the weights; pass@n), shares
     of prompts with no, with only right samples, and with any weight, the mean weight of a sample, how much of the
-    weight is on samples other than y, how many rows a step reads of a prompt, the entropy of the answers. Warns where N
-    gives no signal."""
-    found = describe(d_bon, best_of)
+    weight is on samples other than y, how many rows a step reads of a prompt, the entropy of the answers; on toy and
+    sums how much is on samples with an error in them, whose answer is right all the same. Warns where N gives no
+    signal."""
+
+    def errs(y: list[int], z: list[int]) -> bool:
+        return sums.right_labels(tokenizer, y, z) != z
+
+    known = task in sums.TASKS and all(sums.has_sum(sums.text_of(tokenizer, y)) for y in d_bon["y"])
+    found = describe(d_bon, best_of, errs if known else None)
     print0(f"{path.stem}:", ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
     if not any(any(weight) for weight in d_bon["weight"]):
         what = "is right" if found["none_right"] == 1 else "has a weight"

@@ -24,6 +24,7 @@ import generate
 import sft
 import stage
 import tiny
+import toy
 from core import answers, arrow, fsdp, ranks, rows
 from core.ranks import cli, fold_in
 from test_preferences import log_p
@@ -631,18 +632,35 @@ def test_what_a_d_bon_holds(tmp_path, capsys):
     expected |= {"weight_not_y": 1, "rows_a_prompt": 1}
     assert found == pytest.approx(expected)
     cases = {"none": [[0, 0, 0, 0]] * 3, "all": [[1, 1, 1, 1]] * 20 + [[1, 0, 0, 0]], "some": [[1, 0, 0, 0]] * 2}
+    tok = tiny.word_tokenizer()
     for name, rights in cases.items():
         made = d_bon_of(*rights)
-        bon_options.report(made, "unbiased", 2, tmp_path / f"{name}.json")
+        bon_options.report(made, tok, "gsm8k", "unbiased", 2, tmp_path / f"{name}.json")
         said = capsys.readouterr().err
         assert ("nothing to learn but y" in said) == (name == "none")
         assert ("too few wrong in 95.2% (a smaller --best-of" in said) == (name == "all")
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert found["pass@1"] == pytest.approx(sum(map(sum, rights)) / 4 / len(rights)) and "pass@2" in found
         assert found["weight_not_y"] == (name != "none")  # z is [7] there, y is [6]
-        bon_options.report(made, "rlb", None, tmp_path / f"{name}.json")  # of an N that is not known
+        bon_options.report(made, tok, "gsm8k", "rlb", None, tmp_path / f"{name}.json")  # of an N that is not known
         assert "smaller --best-of" not in capsys.readouterr().err
         assert "pass@4" in json.loads((tmp_path / f"{name}.json").read_text())
+
+
+def test_right_answers_by_wrong_sums(tmp_path):
+    """How much of the weight is on samples with an error in them: of the toy's own words, where that is known."""
+    tok = toy.tokenizer()
+    y = "amy has 25 . first buys 15 : 25 + 15 = 40 , again 25 + 15 = 40 . #### 40 <eos>"
+    lucky = y.replace("+ 15 = 40 , again 25 + 15 = 40", "+ 15 = 39 , again 25 + 15 = 40")
+    wrong = y.replace("40 .", "39 .").replace("#### 40", "#### 39")
+    y, lucky, wrong = (tok(text)["input_ids"] for text in (y, lucky, wrong))
+    row = {"id": 0, "x": y[:3], "y": y, "z": [y, lucky, wrong, lucky], "right": [True, True, False, True], "c": 3}
+    d_bon = datasets.Dataset.from_list([row | {"weight": [1.0, 1.0, 0.0, 3.0]}])
+    bon_options.report(d_bon, tok, "toy", "unbiased", None, tmp_path / "D.json")
+    found = json.loads((tmp_path / "D.json").read_text())
+    assert found["weight_not_y"] == found["weight_on_errors"] == 4 / 5 and found["rows_a_prompt"] == 2
+    bon_options.report(d_bon, tok, "math", "unbiased", None, tmp_path / "D.json")
+    assert "weight_on_errors" not in json.loads((tmp_path / "D.json").read_text())
 
 
 def test_n_1_and_no_right_sample_at_all(base, tmp_path, monkeypatch, capsys):
