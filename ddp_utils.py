@@ -303,6 +303,11 @@ class Run:
             except OSError as error:
                 raise OSError(f"{self.out / 'log.jsonl'} cannot be written ({error.strerror})") from None
 
+    @property
+    def moved_on(self) -> bool:
+        """Have the weights been trained beyond this place, as in a run that goes on?"""
+        return self._place < (self.resume["phase"], self.resume["step"])
+
     def offline(
         self, name: str, make: Callable[[list[dict]], list[dict]] | None, rows: Dataset, **column: Callable
     ) -> Dataset:
@@ -310,8 +315,7 @@ class Run:
         folders.offline.
 
         Raises ValueError where it is gone, and the weights that made it have moved on."""
-        begun = self._place < (self.resume["phase"], self.resume["step"])
-        if begun and not (self.out / name).exists():
+        if self.moved_on and not (self.out / name).exists():
             raise ValueError(f"{self.out / name} is gone, and cannot be made again by weights that have moved on")
         return folders.offline(self.out / name, make, rows, self.model, self.tokenizer, **column)
 

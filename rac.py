@@ -104,7 +104,6 @@ def draw_z(run: Run, iteration: int, rows: dict[str, Sequence], each: Callable[[
 def make_d_r(run: Run, examples: Dataset, iteration: int, pairs: Dataset | None = None) -> Dataset:
     """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13); or `pairs`, already there."""
     args, name = run.args, f"D_r_{iteration}"
-    sift = rac_options.Sift(run, len(examples if pairs is None else pairs))  # counts corrections, leaves some out
     draw = partial(draw_z, run, iteration)  # line 9
 
     def label(model: torch.nn.Module, rows: list[dict]) -> list[dict]:  # lines 10-12
@@ -114,15 +113,16 @@ def make_d_r(run: Run, examples: Dataset, iteration: int, pairs: Dataset | None 
         else:
             found = [{"z_bar": z_bar} for z_bar in rac_labels(model, f, z, args.micro_batch_size)]
         kept = [{column: row[column] for column in ("id", "x", "y", "z")} for row in rows]
-        return sift(model, [row | labels for row, labels in zip(kept, found, strict=True)])
+        return rac_options.leave_out(args, model, [row | labels for row, labels in zip(kept, found, strict=True)])
 
     if pairs is not None:
-        d_r = run.offline(name, partial(sift, run.model), pairs)
+        d_r = run.offline(name, partial(rac_options.leave_out, args, run.model), pairs)
     elif args.labels_from == "start" and (iteration > 1 or args.sft_epochs):
         d_r = rac_options.labelled_by_start(run, iteration, examples, draw, label)
     else:
         d_r = run.offline(name, partial(label, run.model), examples, z=draw)
-    rac_options.report(d_r, run.tokenizer, args.task, run.out / f"{name}.json", sift.report(name))
+    share = rac_options.implausible(run, d_r, name)
+    rac_options.report(d_r, run.tokenizer, args.task, run.out / f"{name}.json", share)
     return d_r
 
 

@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +32,8 @@ from batches import Rows, by_token, nll_by_token
 from core import arrow, lora
 from core.decode_step import known
 from core.flags import group, number, positive
-from core.fsdp import model_of
-from core.ranks import RANK, all_sum, print0
+from core.fsdp import inference, model_of
+from core.ranks import RANK, WORLD, all_sum, print0
 from core.reference import read_template
 from data import TASKS, Dataset, qa_f
 from ddp_utils import Run
@@ -113,7 +112,7 @@ def report(
     d_r: Dataset, tokenizer: PreTrainedTokenizerBase, task: str, path: Path, implausible: float | None = None
 ) -> None:
     """Prints and writes what a D_r holds; on toy and sums, where the right labels are known, also how good they are.
-    implausible: the share that Sift counted; where it is None, as of a run that goes on, the file's stays."""
+    implausible: as that function finds it; where it is None, as of a run that goes on, the file's stays."""
     found = describe(d_r)
     if implausible is None and path.exists():
         implausible = json.loads(path.read_text()).get("implausible")
@@ -132,41 +131,33 @@ def report(
 
 
 # ---------------------------------------------------------------------------------------------- which corrections
-@dataclass
-class Sift:
-    """What happens to labels as they are made: in a sample of the rows their corrections are counted, those that the
-    model thinks plausible apart; and --plausible leaves out the others."""
+def leave_out(args: argparse.Namespace, model: torch.nn.Module, rows: list[dict]) -> list[dict]:
+    """The rows, with --plausible without the labels that the model, not shown the reference, thinks less likely."""
+    if not args.plausible:
+        return rows
+    x, z, z_bar = ([row[name] for row in rows] for name in ("x", "z", "z_bar"))
+    z_bar = plausible_labels(model, x, z, z_bar, args.plausible, args.micro_batch_size)
+    return [row | {"z_bar": kept} for row, kept in zip(rows, z_bar, strict=True)]
 
-    run: Run
-    n: int  # rows of the D_r
-    seen: torch.Tensor = field(init=False)  # corrections in some rows, and the plausible ones among them
 
-    def __post_init__(self) -> None:
-        self.seen = torch.zeros(2, device=self.run.device)
-
-    def __call__(self, model: torch.nn.Module, rows: list[dict]) -> list[dict]:
-        args, every = self.run.args, math.ceil(self.n / SAMPLE)
-        x, z, z_bar = ([row[name] for row in rows] for name in ("x", "z", "z_bar"))
-        some = [column[::every] for column in (x, z, z_bar)]
-        counted = count_plausible(model, *some, args.micro_batch_size)
-        self.seen.add_(torch.tensor(counted, device=self.run.device))
-        if args.plausible:
-            z_bar = plausible_labels(model, x, z, z_bar, args.plausible, args.micro_batch_size)
-        return [row | {"z_bar": kept} for row, kept in zip(rows, z_bar, strict=True)]
-
-    def report(self, name: str) -> float | None:
-        """Says and returns which share of the corrections is implausible, where any were counted here. Called by all
-        ranks."""
-        found, plausible = all_sum(self.seen).tolist()
-        if not found:
-            return None
-        share, hint = 1 - plausible / found, ""
-        if share > 0.5 and not self.run.args.plausible:
-            costs = "to learn these costs accuracy in sampling (docs/study.md)"
-            hint = f". WARNING: {costs}; --plausible leaves such ones out"
-        said = f"{share:.0%} of the corrections have a chance under {IMPLAUSIBLE} without the reference"
-        print0(f"{name}: {said}{hint}")
-        return share
+def implausible(run: Run, d_r: Dataset, name: str) -> float | None:
+    """Says and returns which share of the corrections, in SAMPLE rows, is implausible. None where there is no
+    correction, or the weights that D_r is for have moved on. Called by all ranks."""
+    if run.moved_on:
+        return None
+    some = d_r.select(range(0, len(d_r), math.ceil(len(d_r) / SAMPLE))[RANK::WORLD])
+    with inference(run.model):
+        counted = count_plausible(run.model, *(some[c][:] for c in ("x", "z", "z_bar")), run.args.micro_batch_size)
+    found, plausible = all_sum(torch.tensor(counted, dtype=torch.float64, device=run.device)).tolist()
+    if not found:
+        return None
+    share, hint = 1 - plausible / found, ""
+    if share > 0.5 and not run.args.plausible:
+        costs = "to learn these costs accuracy in sampling (docs/study.md)"
+        hint = f". WARNING: {costs}; --plausible leaves such ones out"
+    said = f"{share:.0%} of the corrections have a chance under {IMPLAUSIBLE} without the reference"
+    print0(f"{name}: {said}{hint}")
+    return share
 
 
 def plausible_labels(
