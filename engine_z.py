@@ -34,6 +34,7 @@ from folders import fingerprint
 if TYPE_CHECKING:
     from data import Dataset
 
+DRAWN_BY = ("model", "weights", "tokenizer")
 LOOKED_AT, FEW = 200, 8  # responses of token ids whose own text is tokenised again; with fewer nothing is concluded
 
 
@@ -102,7 +103,7 @@ class File:
             raise ValueError(f"{where}: must have response, or a list of responses; there are {', '.join(row)}")
         found = row["responses"] if several else [row["response"]]
         marks = row.get("finish_reasons") if several else [row.get("finish_reason")]
-        marks = [None] * len(found) if marks is None else marks
+        marks = [None] * len(found) if marks is None and isinstance(found, list) else marks
         if not isinstance(found, list) or not isinstance(marks, list) or len(found) != len(marks):
             raise ValueError(f"{where}: responses and finish_reasons must be lists, with an entry for each response")
         if len(found) != self.n:
@@ -110,9 +111,9 @@ class File:
             raise ValueError(f"{where}: {len(found)} responses; {of}")
         self.check_prompt(row.get("prompt"), x, where)
         by = row.get("drawn_by") or {}
-        if not isinstance(by, dict):
-            raise ValueError(f"{where}: drawn_by must be an object (model, weights, tokenizer)")
-        self.by[tuple(map(by.get, ("model", "weights", "tokenizer")))] = by
+        if not isinstance(by, dict) or not all(isinstance(by.get(key, ""), str) for key in DRAWN_BY):
+            raise ValueError(f"{where}: drawn_by must be an object of texts ({', '.join(DRAWN_BY)})")
+        self.by[tuple(map(by.get, DRAWN_BY))] = by
         if any(isinstance(z, list) for z in found) and by.get("tokenizer", self.vocabulary[1]) != self.vocabulary[1]:
             raise ValueError(f"{where}: its token ids are of another tokenizer than this model's; give text")
         return [self.ids_of(z, mark, x, own, where) for z, mark in zip(found, marks, strict=True)]

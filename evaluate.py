@@ -43,7 +43,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable
@@ -202,10 +201,12 @@ def exposure(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
 
 def recovery(args, model, tokenizer, examples: Dataset) -> dict[str, float]:
     """toy, sums: after a wrong result, the share of sums put right when repeated, and of right final answers."""
-    end = ends(tokenizer)
+    end, n = ends(tokenizer), len(examples)
     examples = [row for row in examples if row["y"][-1] in end and sums.has_sum(sums.text_of(tokenizer, row["y"]))]
     if not examples:
         return {}
+    if len(examples) < n:
+        print0(f"recovery: of {len(examples)} of {n} rows; the others have no sum, or their y is cut")
     examples = [row | {"prefix": sums.inject_error(tokenizer, row["y"], row["id"])} for row in examples]
 
     def draw(rows: dict, each: Callable[[int, list], None]) -> list:
@@ -322,8 +323,7 @@ def best_of(args: argparse.Namespace) -> None:
     if of.task not in CHECKS:
         raise ValueError(f"{folder}: --task {of.task} has no checker of answers")
     rows, found = load_from_disk(str(generations)), json.loads(results.read_text())
-    if os.path.isfile(of.data or "") and folders.contents_of([Path(of.data)]) != getattr(of, "what --data holds"):
-        raise ValueError(f"{folder}: --data {of.data} has changed since that run: there are other references in it")
+    folders.check_unchanged(folder, vars(of))
     given = data.load_rows(of.task, of.data, of.split, of.columns, of.limit)
     references = {row["id"]: row["response"] for row in given}
     if missing := set(rows["id"]) - references.keys():

@@ -112,6 +112,13 @@ def revision(name: str) -> str | None:
         return None
 
 
+def check_unchanged(folder: Path, flags: dict[str, object]) -> None:
+    """Raises ValueError where the file of --data is not what it was for the command that had these flags."""
+    path, was = flags.get("data"), flags.get("what --data holds")
+    if was and os.path.isfile(path) and contents_of([Path(path)]) != was:
+        raise ValueError(f"{folder}: --data {path} has changed since that run: there are other references in it")
+
+
 def contents_of(files: Iterable[Path]) -> str:
     """Size and CRC-32 of files, all of which are read, at 1 to 3 GB a second: a run of other weights is another run,
     even where one row of a large matrix differs. (Who loads the weights next finds them in memory.)"""

@@ -117,7 +117,14 @@ def places() -> list[Path]:
 
 
 def there(name: str) -> Path | None:
-    return next((path for folder in places() if (path := folder / f"{name}.arrow").exists()), None)
+    for folder in places():
+        if (path := folder / f"{name}.arrow").exists():
+            try:
+                json.loads(path.with_suffix(".json").read_text())
+                return path
+            except (OSError, ValueError):  # somebody has deleted one half of it
+                path.unlink(missing_ok=True)
+    return None
 
 
 def made(name: str, make: Callable) -> Path:

@@ -41,10 +41,12 @@ def chat(tokenizer, prompt: str | Turns, system: str = "") -> str:
         return f"{text}<|assistant|>\n"
     if not system and not system_has_a_turn(tokenizer, str(tokenizer.chat_template)):
         return render(tokenizer, turns)
-    try:
-        return render(tokenizer, whole)
-    except ValueError:  # some templates (Gemma, Mistral-Instruct) know no system turn
-        return render(tokenizer, [*as_turns(f"{system}\n\n{turns[0]['content']}".strip()), *turns[1:]])
+    if not system or system_is_read(tokenizer, str(tokenizer.chat_template)):
+        try:
+            return render(tokenizer, whole)
+        except ValueError:  # some templates (Gemma, Mistral-Instruct) know no system turn
+            pass
+    return render(tokenizer, [*as_turns(f"{system}\n\n{turns[0]['content']}".strip()), *turns[1:]])
 
 
 # The day that every template is told, so that a prompt is the same on all days of a run and of a comparison. It is the
@@ -68,6 +70,16 @@ def render(tokenizer, turns: Turns, answer_begins: bool = True) -> str:
     except Exception as error:  # a template may raise what it likes, and reach into what is not there
         reason = f"{first_line(error)}; it is given messages alone, no tools and no documents"
         raise ValueError(f"--model {tokenizer.name_or_path}: its chat template cannot be used ({reason})") from None
+
+
+@functools.lru_cache(maxsize=16)
+def system_is_read(tokenizer, template: str) -> bool:
+    """Whether the chat template has the system's text anywhere: some leave it out without a word. template: as a key to
+    the cache."""
+    try:
+        return "Be so." in render(tokenizer, [{"role": "system", "content": "Be so."}, *as_turns("How so?")])
+    except ValueError:
+        return False
 
 
 @functools.lru_cache(maxsize=16)

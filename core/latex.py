@@ -66,7 +66,7 @@ def plain(s: str) -> str:
     if r"\begin" not in s or not re.search(r"(?<!\\)(?:\\\\)*\\(?!\\)", s):  # in a matrix, \\ ends a row
         s = s.replace(r"\\", "\\")
     s = re.sub(r"\\([a-zA-Z]+)", lambda m: "\\" + ALIASES.get(m[1], m[1]), s.translate(SIGNS))
-    s = re.sub(r"\\(?:left|right)(?:\.|(?![a-zA-Z]))|\\(?:[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])|\\!", "", s)
+    s = re.sub(r"\\(?:left|right)(?:\.|(?![a-zA-Z]))|\\(?:[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])|\\!\s*", "", s)
     s = re.sub(rf"{TEXT}\{{\s*\}}", "", s.replace(r"\$", ""))
     s = re.sub(r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\^?\\degree(?![a-zA-Z])|\\?[$%]", "", s)
     s = re.sub(r"(?<!\\)\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|~|\s+", " ", s)
@@ -117,7 +117,9 @@ def items(s: str, number: str = NUMBER) -> list[str]:
     found = []
     for item in split(s, "[,;]", number)[::2]:
         signs = re.split(r"\\pm(?![a-zA-Z])", item)
-        both = (("-", "+".join(signs)), ("+", "-".join(signs))) if len(signs) == 2 else [("", item)]
+        whole_set = re.fullmatch(r"\s*\\\{.*\\\}\s*", item, re.DOTALL)  # its items are looked at one by one
+        two = len(signs) == 2 and not whole_set
+        both = (("-", "+".join(signs)), ("+", "-".join(signs))) if two else [("", item)]
         found += [re.sub(r"\\mp(?![a-zA-Z])", mp, one).strip() if mp else one.strip() for mp, one in both]
     return [item for item in found if item]
 

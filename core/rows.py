@@ -35,7 +35,12 @@ def each_row(path: str) -> Iterator[dict]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             if path.endswith(".json"):
-                rows = json.load(file)
+                try:
+                    rows = json.load(file)
+                except ValueError as error:
+                    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+                        raise
+                    raise ValueError(f"{path}: not valid JSON ({error})") from None  # a number of 5,000 digits
                 if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
                     raise ValueError(f"{path}: a .json file must hold a list of objects")
                 yield from rows
@@ -235,6 +240,9 @@ def checked(value: object, name: str, where: str, dialogue: bool = False) -> str
     except UnicodeEncodeError as error:
         bad = f"column {name!r} is not text at character {error.start} (a lone surrogate)"
         raise ValueError(f"{where}: {bad}; remove the row") from None
+    if found := re.search("[\ufdd0-\ufdd2]", value):
+        bad = f"column {name!r} has U+{ord(found[0]):04X} at character {found.start()}, which is no character"
+        raise ValueError(f"{where}: {bad}; remove it")
     if not dialogue and AS_TEXT.fullmatch(value) and all(re.search(key, value) for key in MESSAGE):
         raise ValueError(f"{where}: column {name!r} is a dialogue as text, not a list of messages; parse it first")
     return value

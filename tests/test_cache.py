@@ -341,6 +341,16 @@ def test_kills_and_two_at_once(tmp_path, place, monkeypatch):
     assert os.waitpid(child(path, log), 0)[1] == 0 and len(log.read_text().split()) == once
 
 
+@pytest.mark.parametrize("half", [None, ""])
+def test_a_pair_of_which_one_half_is_gone_is_made_again(tmp_path, place, half):
+    path = write(tmp_path / "d.jsonl", [{"prompt": "how", "response": "3"}])
+    before = data.examples("toy", TOKENIZER, data=path)[0].to_list()
+    (said,) = place.glob("*.json")
+    said.unlink() if half is None else said.write_text(half)
+    assert data.examples("toy", TOKENIZER, data=path)[0].to_list() == before
+    assert sorted(path.suffix for path in place.iterdir()) == [".arrow", ".json"]
+
+
 def test_what_a_killed_process_left_is_cleared_away(tmp_path, place):
     place.mkdir(parents=True)
     (place / "0123.partial").write_bytes(b"half")

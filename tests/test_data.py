@@ -138,6 +138,18 @@ def test_a_dialogue_without_a_template_and_with_one_that_knows_no_system_turn(by
     assert data.qa_f(row, own, 999) == f"[user]{system}\n\n{rest}{REFERENCE}No.[assistant]"
 
 
+def test_a_template_that_leaves_the_system_text_out():
+    """Phi-3-mini's did, without a word: the text goes into the user's turn, as with a template that refuses it."""
+    row = {"prompt": turns("Why?", system="Be brief."), "response": "No."}
+    silent, refuses = byte_tokenizer(eos_token="</s>"), byte_tokenizer(eos_token="</s>")
+    turn = "{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}"
+    silent.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}[assistant]"
+    refuses.chat_template = NO_SYSTEM
+    assert data.chat(silent, "Why?") == "[user]Why?[assistant]"
+    assert data.chat(silent, row["prompt"]) == "[user]Be brief.\n\nWhy?[assistant]"
+    assert data.qa_f(row, silent, 999) == data.qa_f(row, refuses, 999)
+
+
 @pytest.mark.parametrize("template", [None, CHATML, NO_SYSTEM])
 def test_a_dialogue_of_one_turn_is_that_question(template):
     own = byte_tokenizer(eos_token="</s>")

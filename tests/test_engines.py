@@ -225,7 +225,9 @@ BAD = {
     "half special": (change(1, responses=["7 <eo"], finish_reasons=["length"]), "breaks off inside of the special"),
     "half a pair": (change(1, responses=["7 \ud800"], finish_reasons=["stop"]), "not text at character 2"),
     "not JSON": (None, "z.jsonl, line 1: not valid JSON"),
-    "drawn by": (change(0, drawn_by="me"), "drawn_by must be an object (model, weights, tokenizer)"),
+    "drawn by": (change(0, drawn_by="me"), "drawn_by must be an object of texts (model, weights, tokenizer)"),
+    "drawn by what": (change(0, drawn_by={"model": ["a"]}), "drawn_by must be an object of texts (model, weights, "),
+    "a number": (change(1, responses=5), "responses and finish_reasons must be lists, with an entry for each response"),
     "fingerprint": (change(0, drawn_by={"tokenizer": "x"}), "its token ids are of another tokenizer than this model's"),
 }  # fmt: skip
 

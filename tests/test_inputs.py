@@ -220,6 +220,8 @@ CASES = [
     data("d.json: a .json file must hold a list of objects", '["3", "4"]', "d.json"),
     data("d.json, line 2: not valid JSON (Extra data)", rows({}), "d.json"),
     data("d.json: not valid JSON (nested too deeply)", "[" * 100000, "d.json"),
+    data("d.json: not valid JSON (Exceeds the limit", f'[{{"prompt": {"1" * 5000}}}]', "d.json"),
+    data("row 1: column 'response' has U+FDD1 at character 2, which is no character", rows({"response": "7 \ufdd1"})),
     data("d.jsonl: not valid JSON (nested too deeply)", "[" * 100000),
     data("d.jsonl, line 1: not valid JSON", json.dumps([GOOD], indent=1)),
     data("d.jsonl, line 1: must be an object", json.dumps([GOOD])),

