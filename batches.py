@@ -291,13 +291,19 @@ def pack(
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}, [columns] * len(prompts)
 
 
-def mask_4d(real: torch.Tensor, position: torch.Tensor, starts: list[int], model: torch.nn.Module) -> torch.Tensor:
-    """The mask [B, 1, S, S] of `pack`: a token sees its prompt, and its own segment up to itself."""
+def check_share_prompt(model: torch.nn.Module) -> None:
+    """Raises ValueError where share_prompt does not work with the model."""
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(f"--share-prompt needs 4-D attention masks, which {config._attn_implementation} does not take")
     if kinds := packed.uneven(config):
         raise ValueError(f"--share-prompt: this model's layers differ in what they see ({kinds})")
+
+
+def mask_4d(real: torch.Tensor, position: torch.Tensor, starts: list[int], model: torch.nn.Module) -> torch.Tensor:
+    """The mask [B, 1, S, S] of `pack`: a token sees its prompt, and its own segment up to itself."""
+    check_share_prompt(model)
+    config = model.config.get_text_config()
     column = torch.arange(real.shape[1])
     segment = torch.bucketize(column, torch.tensor(starts[:-1]), right=True)  # [S], 0 in the prompt, then 1, 2, ...
     seen = (segment[None] == 0) | (segment[None] == segment[:, None])  # [S, S], query by key

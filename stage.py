@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import evaluate
 import sums
+from batches import check_share_prompt
 from core import lora, packed, track
 from core.flags import below_one, count, data_flags, group, new_parser, number, positive
 from core.fsdp import check_rows, load_tokenizer, model_of
@@ -100,6 +101,8 @@ def start(
     model = model_of(args, tokenizer)
     if args.packed and (why := packed.prepare(model)):
         print0(f"--packed: not with this model ({why}); its rows are padded, as without the flag")
+    if getattr(args, "share_prompt", False) and not getattr(model, "packed", False):
+        check_share_prompt(model)  # before anything is drawn
     check_saves(model, tokenizer, args)
     check_rows(model, examples, where, max_new_tokens)
     size = min(args.batch_size, len(examples))

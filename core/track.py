@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from core.ranks import first_line, fold_in
+from core.ranks import first_line, fold_in, print0
 
 
 def check(kind: str | None) -> None:
@@ -28,7 +28,18 @@ def tracker(kind: str, out: Path, flags: dict, done: int) -> tuple[Callable[[int
         except Exception as error:  # no key, no network
             raise OSError(f"--track {kind}: {first_line(error)} (offline: WANDB_MODE=offline)") from None
 
-    def write(step: int, record: dict) -> None:
+    broken = False
+
+    def safely(what: Callable[[], None]) -> None:
+        nonlocal broken
+        try:
+            if not broken:
+                what()
+        except Exception as error:  # the run is worth more than its tracking, and log.jsonl has it all
+            broken = True
+            print0(f"WARNING: --track {kind} has failed, nothing more is told to it: {first_line(error)}")
+
+    def put(step: int, record: dict) -> None:
         shown = [f"**{key}**: {text}" for said in record.get("samples", []) for key, text in said.items()]  # Markdown
         texts = {"samples": "\n\n".join(shown)} if shown else {}
         if module:
@@ -36,4 +47,5 @@ def tracker(kind: str, out: Path, flags: dict, done: int) -> tuple[Callable[[int
         for name, value in (record | texts).items():
             (writer.add_text if name in texts else writer.add_scalar)(name, value, step)
 
-    return write, module.finish if module else writer.close
+    end = module.finish if module else writer.close
+    return (lambda step, record: safely(lambda: put(step, record))), lambda: safely(end)

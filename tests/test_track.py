@@ -113,6 +113,24 @@ def test_offline(base, tmp_path, kind):
     assert len(found) == 1 and b"held_nll" in found[0].read_bytes()
 
 
+def test_a_tracker_that_fails_does_not_end_the_run(base, tmp_path, monkeypatch, capsys):
+    class Fails(Told):
+        def log(self, record, step):
+            if step == 2:
+                raise RuntimeError("run deleted on the server\nmore")
+            super().log(record, step)
+
+        def finish(self):
+            raise RuntimeError("no such run")
+
+    told = Fails()
+    monkeypatch.setitem(sys.modules, "wandb", told)
+    monkeypatch.setattr(track, "check", lambda kind: None)
+    out = run(monkeypatch, "sft", base, tmp_path / "out", "--track", "wandb", "--epochs", "1")
+    assert [step for step, _ in told.steps] == [1] and len(log(out)) == 3 and (out / "model.safetensors").exists()
+    assert "WARNING: --track wandb has failed, nothing more is told to it: run deleted on" in capsys.readouterr().err
+
+
 def test_what_is_not_there_is_one_line(base, tmp_path, monkeypatch, capsys):
     plain = importlib.util.find_spec
     monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: None if name == "wandb" else plain(name))
