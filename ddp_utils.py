@@ -414,11 +414,10 @@ class Run:
         dcp_state.set_optimizer_state_dict(self.model, self.optimizer, optimizer)
 
     def _cut_log(self) -> None:
-        """Drops the log lines of steps that will be done again."""
+        """Drops the log lines of steps that will be done again. The others stay untouched: a kill cannot lose them."""
         if self._log:
             lines = (self.out / "log.jsonl").read_bytes().splitlines(keepends=True)[: self.total]
-            self._log.truncate(0)
-            self._log.write(b"".join(lines))
+            self._log.truncate(sum(map(len, lines)))
 
 
 def damage(checkpoint: Path) -> str:

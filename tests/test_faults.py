@@ -176,6 +176,14 @@ def cut(world, tmp_path_factory):
     return out, *sorted(path.name for path in (out / "checkpoints").iterdir() if not path.suffix)
 
 
+def test_a_checkpoint_claims_its_folder(cut, world, tmp_path):
+    """Though the log has been lost: another command does not go on from it."""
+    shutil.copytree(cut[0], tmp_path / "out")
+    (tmp_path / "out" / "log.jsonl").write_bytes(b"")
+    done = launch(*command(world, tmp_path / "out", "--seed", 7), check=False)
+    assert done.returncode == 2 and "belongs to another run (--seed 0 -> 7)" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("fault", DAMAGE)
 def test_damage_is_seen(cut, tmp_path, fault):
     out, _, newer = cut
