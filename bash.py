@@ -80,6 +80,7 @@ def main() -> None:
     machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
     args = p.parse_args()
     stage.check_refresh(args)
+    stage.check_pairs(p, args, "temperature", "beta")
     run, examples, pairs = stage.start_with_pairs(args, data.load, ("y", "y_hat"))
     sft_phase(run, examples, args.sft_epochs)  # lines 2-6
 

@@ -193,6 +193,7 @@ def main() -> None:
     args = p.parse_args()
     best_of = args.best_of or 4
     bon_options.check_flags(args, best_of)
+    stage.check_pairs(p, args, "n")
     if args.dco:
         run, examples = stage.start(args, data.load)
         sft_phase(run, examples, args.sft_epochs)

@@ -55,8 +55,9 @@ def check_flags(args: argparse.Namespace, best_of: int) -> None:
     if args.dco:
         if args.pairs or args.z or args.score or args.iterations != 1 or args.weights != "unbiased":
             raise ValueError("--dco draws nothing: it takes no --pairs, --z, --score, --weights or --iterations")
-        if args.temperature != 1 or args.sft_weight != 1 or args.share_prompt:
-            raise ValueError("--dco is one loss, of y alone: it takes no --temperature, --sft-weight or --share-prompt")
+        if args.temperature != 1 or args.n != 16 or args.sft_weight != 1 or args.share_prompt:
+            told = "it takes no --temperature, --n, --sft-weight or --share-prompt"
+            raise ValueError(f"--dco is one loss, of y alone: {told}")
         return
     if args.score and args.iterations > 1:
         raise ValueError("--score is of the samples of --pairs, and --iterations 2 draws others: give --iterations 1")

@@ -283,14 +283,19 @@ def load(
     return examples(args.task, tokenizer, split=split, need_response=need_response, **chosen)
 
 
-def held_out(args: argparse.Namespace, tokenizer, f: bool = False) -> tuple[Dataset, dict[int, str]]:
-    """The rows of --eval-data as `examples`, with f(x, y) if asked for and the stage has it; and the texts of their
-    responses, by id. Raises ValueError."""
+def held_out(args: argparse.Namespace, tokenizer, f: bool = False) -> tuple[Dataset, dict[int, str], list[str]]:
+    """The rows of --eval-data as `examples`, with f(x, y) if asked for and the stage has it; the texts of their
+    responses, by id; and notes on what was cut or left out. (dpo.py's --columns name three columns of its pairs; here
+    the prompt's holds.) Raises ValueError."""
+    if args.data and not args.eval_data:
+        raise ValueError("--eval-every needs --eval-data: held-out rows, as --data has its training rows from a file")
     flags = {name: value for name, value in vars(args).items() if f or name != "max_reference"}
-    of = argparse.Namespace(**flags | {"data": args.eval_data, "limit": args.eval_rows})
+    columns = [part for part in args.columns.split(",") if part.split("=")[0].strip() not in ("chosen", "rejected")]
+    flags |= {"data": args.eval_data, "limit": args.eval_rows, "columns": ",".join(columns)}
+    of = argparse.Namespace(**flags)
     try:
-        found, _ = load(of, tokenizer, "test")
-        rows = load_rows(args.task, of.data, "test", args.columns, of.limit)
+        found, notes = load(of, tokenizer, "test")
+        rows = load_rows(args.task, of.data, "test", of.columns, of.limit)
     except (ValueError, OSError) as error:
         raise ValueError(f"--eval-every: {str(error).replace('--data', '--eval-data')}") from None
-    return found, {row["id"]: row["response"] for row in rows}
+    return found, {row["id"]: row["response"] for row in rows}, notes

@@ -140,7 +140,9 @@ class Run:
         """SIGTERM, Ctrl-C: while training, all ranks stop after one step, with a checkpoint; else at once."""
         self._signal = True
         if not self._stepping:
-            raise SystemExit("stopped; the same command goes on from there" if RANK == 0 else 1)
+            kept = self.args.checkpoint_every or not self.total
+            then = "goes on from there" if kept else "trains anew: there is no checkpoint (--checkpoint-every 0)"
+            raise SystemExit(f"stopped; the same command {then}" if RANK == 0 else 1)
 
     def steps(
         self, rows: Dataset | Refresh, epochs: float, spread: Callable[[dict], list[dict]] | None = None
@@ -154,7 +156,7 @@ class Run:
         self.phase += 1
         fresh = rows if isinstance(rows, Refresh) else None
         n = len(fresh.rows if fresh else rows)
-        steps = math.ceil(epochs * math.ceil(n / args.batch_size))
+        steps = math.ceil(round(epochs * math.ceil(n / args.batch_size), 6))  # 1.1 * 50 is a little over 55
         steps = min(steps, args.max_steps) if args.max_steps else steps
         self._place = (self.phase, 0)
         if phase < self.resume["phase"] or not steps:  # done before the interruption, or nothing to do
@@ -246,7 +248,7 @@ class Run:
     def update(self, **also: float) -> None:
         """Clips the gradients, takes the optimiser's step at the schedule's rate, writes a line to the log (with what
         the stage has to say: also) and, where one is due, a checkpoint. Raises ValueError at a loss or gradient that is
-        not finite, before the weights are touched."""
+        not finite, before the weights are touched; and at such weights, before they are kept or drawn with."""
         step, args = self._step, self.args
         norm = torch.nn.utils.clip_grad_norm_(self.params, args.clip or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of sharded gradients: a DTensor
@@ -255,6 +257,9 @@ class Run:
             group["lr"] = step.lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        due = args.checkpoint_every and (step.pause or step.number % args.checkpoint_every == 0)
+        if self.stopped or due or step.pause:
+            self._check_weights()
 
         seconds = time.time() - self._started
         tokens = step.tokens("x") + step.tokens("y")
@@ -272,7 +277,6 @@ class Run:
         shown |= {name: f"{value:.3f}" for name, value in held.items()}
         self._bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:.0f}"})
         self._bar.update()
-        due = args.checkpoint_every and (step.pause or step.number % args.checkpoint_every == 0)
         if self.stopped or due:
             after = {"phase": self.phase, "step": 0} if step.last else {"phase": self.phase - 1, "step": step.number}
             self._save_checkpoint(after)
@@ -287,14 +291,24 @@ class Run:
         self.stopped = stopped > 0
         bad, terms = sums[:WORLD], dict(zip(self._terms, sums[WORLD:], strict=True))
         if not math.isfinite(norm + sum(terms.values())):
-            self._bar.close()  # so that the message has a line of its own
             ranks = [rank for rank in range(WORLD) if bad[rank]] or range(WORLD)  # all, where only the gradient is bad
             where = "; ".join(f"rank {r}, rows {step.ids[r::WORLD]}" for r in ranks)
-            raise ValueError(
-                f"step {self.total + 1}: loss {terms} or gradient norm {norm} is not finite ({where}); "
-                "the last checkpoint is kept"
-            )
+            self._give_up(f"loss {terms} or gradient norm {norm} is not finite ({where})")
         return terms
+
+    def _check_weights(self) -> None:
+        """A step may leave weights that are not finite. The next loss would show it, but what is kept or drawn before
+        that would be lost."""
+        mine = [p.detach().to_local() if hasattr(p, "to_local") else p.detach() for p in self.params]
+        bad = [float(not p.isfinite().all()) for p in mine]
+        if all_sum(torch.tensor(sum(bad), device=self.device)):
+            lr = self._step.lr
+            self._give_up(f"the weights are not finite after it, at a learning rate of {lr:g}: lower --lr")
+
+    def _give_up(self, why: str) -> None:
+        self._bar.close()  # so that the message has a line of its own
+        kept = "the last checkpoint is kept" if self._checkpoints() else "there is no checkpoint"
+        raise ValueError(f"step {self.total + 1}: {why}; {kept}")
 
     def _write_log(self, record: dict) -> None:
         if self._log:
@@ -315,6 +329,8 @@ class Run:
         folders.offline.
 
         Raises ValueError where it is gone, and the weights that made it have moved on."""
+        if self._signal:  # it came behind the last step of a phase
+            self._stop()
         if self.moved_on and not (self.out / name).exists():
             raise ValueError(f"{self.out / name} is gone, and cannot be made again by weights that have moved on")
         return folders.offline(self.out / name, make, rows, self.model, self.tokenizer, **column)

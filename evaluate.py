@@ -387,16 +387,12 @@ def alpaca(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- while training
-def watch(run: Run) -> Callable[[], dict[str, float]]:
-    """For --eval-every: a function that measures the run's model on held-out rows, for log.jsonl.
+def watch(run: Run, examples: Dataset, references: dict[int, str]) -> Callable[[], dict[str, float]]:
+    """For --eval-every: a function that measures the run's model on what data.held_out has read, for log.jsonl.
 
     held_nll and held_gap in nats per token of y, as nll_y and exposure_gap; held_accuracy (greedy) or held_rougeL where
     the task has one. The rows are divided over the ranks."""
-    args = run.args
-    if args.data and not args.eval_data:
-        raise ValueError("--eval-every needs --eval-data: held-out rows, as --data has its training rows from a file")
-    examples, references = data.held_out(args, run.tokenizer)
-    spec = data.TASKS[args.task]
+    args, spec = run.args, data.TASKS[run.args.task]
     new = (args.max_response or spec.max_response) if args.task in (*CHECKS, "tldr") else 0
     if args.task == "tldr":
         lost = hardly_read("references of --eval-data", [*references.values()], "they count as 0 in held_rougeL")

@@ -145,6 +145,7 @@ def main() -> None:
     args = p.parse_args()
     rac_options.check_flags(args)
     stage.check_refresh(args)
+    stage.check_pairs(p, args, "temperature", "labels_from", "max_reference")
     max_response = args.max_response or data.TASKS[args.task].max_response
     run, examples, pairs = stage.start_with_pairs(args, engine_z.loading(args, data.load), ("z", "z_bar"), max_response)
     rac_options.check_labels(run, pairs)

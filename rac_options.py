@@ -83,12 +83,31 @@ def check_labels(run: Run, pairs: Dataset | None) -> None:
     args = run.args
     if args.labels != "topk":
         return
-    if args.topk > run.model.config.vocab_size:
-        raise ValueError(f"--topk {args.topk}: the model's vocabulary has {run.model.config.vocab_size} tokens")
-    if pairs is not None:
-        k = [len(q) for q in pairs[0]["top_ids"]] if set(SOFT) <= set(pairs.column_names) else []
-        if k != [args.topk] * len(pairs[0]["z"]):
-            raise ValueError(f"--pairs {args.pairs}: was not made with --labels topk --topk {args.topk}")
+    size, absent = run.model.config.vocab_size, run.model.absent
+    named = size - (0 if absent is None else len(absent))  # a vocabulary may be padded
+    if args.topk > named:
+        raise ValueError(f"--topk {args.topk}: the model's vocabulary has {named} tokens")
+    if pairs is None:
+        return
+    if not set(SOFT) <= set(pairs.column_names):
+        raise ValueError(f"--pairs {args.pairs}: was not made with --labels topk")
+    for i, row in enumerate(arrow.Rows(pairs)):
+        if not fits(row, args.topk, size):
+            told = f"top_ids and top_logp must be {args.topk} token ids and log-probabilities for each token of z"
+            raise ValueError(f"--pairs {args.pairs}, row {i}: {told} (--labels topk --topk {args.topk})")
+
+
+def fits(row: dict, k: int, size: int) -> bool:
+    """Are a row's top_ids and top_logp [L, K] each, for its L tokens of z, and of a vocabulary of that size?"""
+    try:
+        ids, logp = (np.asarray(row[name]) for name in SOFT)
+    except ValueError:  # lists of several lengths
+        return False
+    if not row["z"]:
+        return ids.size == logp.size == 0
+    if not (ids.shape == logp.shape == (len(row["z"]), k) and ids.dtype.kind == "i" and logp.dtype.kind == "f"):
+        return False
+    return bool(((ids >= 0) & (ids < size)).all() and np.isfinite(logp).all() and (logp < 1e-3).all())
 
 
 # ---------------------------------------------------------------------------------------------- what a D_r holds
@@ -122,6 +141,8 @@ def report(
     if rows:
         found |= sums.label_quality(tokenizer, *([row[name] for row in rows] for name in ("y", "z", "z_bar")))
     print0(f"{path.stem}:", ", ".join(f"{key} {value:.4g}" for key, value in found.items() if value is not None))
+    if not found["tokens_corrected"]:
+        print0("WARNING: no token of z is corrected: Eq. 7 has nothing to learn")
     if found.get("precision") is not None and found["precision"] < POOR:
         print0(
             f"WARNING: only {found['precision']:.0%} of the labels that Eq. 7 keeps are right; the others teach errors"

@@ -20,7 +20,7 @@ def sampler(run: Run) -> Callable[[], list[dict[str, str]]]:
     """A function for all ranks to call: on rank 0 prompt, reference and greedy answer of the first --eval-samples rows
     and, where the stage labels (run.label), the answer with its corrections, as [z^j→z_bar^j]. Raises ValueError."""
     args, tokenizer = run.args, run.tokenizer
-    examples, _ = data.held_out(args, tokenizer, f=True)
+    examples, *_ = data.held_out(args, tokenizer, f=True)
     rows = examples.select(range(min(args.eval_samples, len(examples)))).to_list()
     x, ids = ([row[name] for row in rows] for name in ("x", "id"))
     new = args.max_response or data.TASKS[args.task].max_response

@@ -11,14 +11,15 @@ import argparse
 import math
 from collections.abc import Callable
 
+import data
 import evaluate
 import sums
 from batches import check_share_prompt
 from core import lora, packed, track
-from core.flags import below_one, count, data_flags, group, new_parser, number, positive
+from core.flags import above_zero, below_one, count, data_flags, group, new_parser, number, positive
 from core.fsdp import check_rows, load_tokenizer, model_of
 from core.ranks import WORLD, init, print0
-from data import TASKS, Dataset
+from data import Dataset
 from ddp_utils import Run
 from folders import check_saves, open_out, read_pairs
 from samples import sampler
@@ -29,7 +30,7 @@ def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     p = new_parser(doc)
     for title in ("model", "the paper's", "data", "machine", "while training"):  # in this order in --help
         group(p, title)
-    data_flags(p, sorted(TASKS), task)
+    data_flags(p, sorted(data.TASKS), task)
     g = group(p, "model")
     g.add_argument("--out", required=True, help="folder for the model, log.jsonl and args.json")
     g.add_argument("--save-dtype", choices=["float32", "bfloat16"], default="float32", help="of the saved weights")
@@ -37,14 +38,14 @@ def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
     g.add_argument("--batch-size", type=positive, default=512, help="rows in the global batch (Table 5)")
     g.add_argument("--lr", type=number(0), default=5e-6, help="peak learning rate (Table 5)")
     g.add_argument("--warmup", type=number(0, 1), default=0.1, help="share of the steps that warm up (Table 5)")
-    g.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm")
+    g.add_argument("--clip", type=number(0), default=1.0, help="largest gradient norm (0: any)")
     g.add_argument("--max-steps", type=count, default=0, help="at most so many steps in each phase (0: no limit)")
     g.add_argument("--seed", type=count, default=0)
     g = group(p, "beyond the paper")
     g.add_argument("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
     g.add_argument("--weight-decay", type=number(0), default=0.0, help="AdamW's, of matrices (not of norms and biases)")
     g.add_argument("--adam-betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar="BETA", help="AdamW's")
-    g.add_argument("--adam-eps", type=number(0), default=1e-8, help="AdamW's")
+    g.add_argument("--adam-eps", type=above_zero, default=1e-8, help="AdamW's")
     g = group(p, "machine")
     g.add_argument("--micro-batch-size", type=positive, default=8, help="rows in one pass of one rank")
     g.add_argument("--activation-checkpointing", action="store_true", help="recompute each block in the backward")
@@ -71,8 +72,20 @@ def check_refresh(args: argparse.Namespace) -> None:
     """Raises ValueError where --refresh-every is given beside what it takes the place of."""
     if args.refresh_every and args.iterations != 1:
         raise ValueError("--refresh-every makes new data in one schedule, --iterations begins it again: choose")
-    if args.refresh_every and args.pairs is not None:
-        raise ValueError("--refresh-every makes its data itself, --pairs brings them: choose")
+    for name in ("pairs", "z"):
+        if args.refresh_every and getattr(args, name, None) is not None:
+            raise ValueError(f"--refresh-every makes its data itself, --{name} brings them: choose")
+
+
+def check_pairs(p: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError where --pairs or --z brings data for no iteration; and where --pairs brings all of them, but
+    there are flags (names) of how they are made."""
+    given = next((name for name in ("pairs", "z") if getattr(args, name, None) is not None), None)
+    if given and not args.iterations:
+        raise ValueError(f"--{given} is for an iteration, and there is none (--iterations 0)")
+    idle = [name for name in names if getattr(args, name) != p.get_default(name)]
+    if args.pairs is not None and args.iterations == 1 and idle:
+        raise ValueError(f"--pairs brings data that are made: it takes no --{idle[0].replace('_', '-')}")
 
 
 def start(
@@ -98,11 +111,18 @@ def start(
         print0(note)
     if len(examples) < WORLD:
         raise ValueError(f"{len(examples)} examples for {WORLD} processes: use fewer processes")
+    held = []
+    if args.eval_every:
+        *held, notes = data.held_out(args, tokenizer)
+        for note in notes:
+            print0(f"--eval-data: {note}")
     model = model_of(args, tokenizer)
     if args.packed and (why := packed.prepare(model)):
         print0(f"--packed: not with this model ({why}); its rows are padded, as without the flag")
     if getattr(args, "share_prompt", False) and not getattr(model, "packed", False):
         check_share_prompt(model)  # before anything is drawn
+        if getattr(args, "sft_weight", 1) == 0:
+            print0("--share-prompt: there is one loss alone (--sft-weight 0); the flag changes nothing")
     check_saves(model, tokenizer, args)
     check_rows(model, examples, where, max_new_tokens)
     size = min(args.batch_size, len(examples))
@@ -110,7 +130,7 @@ def start(
     print0(f"batch {size} = {WORLD} processes x {accumulation} micro-batches of up to {args.micro_batch_size} rows")
     run = Run(args, model, tokenizer)
     if args.eval_every:
-        run.watch = evaluate.watch(run)
+        run.watch = evaluate.watch(run, *held)
         run.samples = sampler(run) if args.eval_samples else None
     return run, examples
 

@@ -1,59 +1,71 @@
 #!/usr/bin/env bash
-# The whole path on real text: SFT, then SFT again, SCS, BASH and RAC, each evaluated, on three tasks.
+# The whole path on real text with a pretrained model: SFT, then SFT again, SCS, BASH and RAC, each evaluated.
 #
-#     DATA=path/to/data bash benchmarks/real_data.sh [gsm8k|tldr|ultrachat ...]
+#     DATA=path/to/data bash benchmarks/real_data.sh [tldr|ultrachat|gsm8k ...]
+#     DATA=... MODEL=path/to/Qwen2.5-Coder-0.5B-Instruct TRAIN=64 TEST=50 bash benchmarks/real_data.sh gsm8k
 #
-# DATA holds gsm8k/{train,test}.jsonl, summarization/scitldr_a_{train,test}.jsonl and qa/dolly_3k.jsonl. The model is a
-# small random one with a byte-level BPE made from the training text, so accuracy is near zero by construction: what can
-# be seen is that every stage runs on real columns, lengths and templates, the losses, and the exposure gap.
-# Some minutes a task on two cores. Writes results/real/TASK.md and .json; OUT and PYTHON as in run.sh.
+# DATA holds gsm8k/{train,test}.jsonl, summarization/scitldr_a_{train,test}.jsonl and qa/dolly_3k.jsonl. MODEL is a folder;
+# by default SmolLM2-135M-Instruct (tools/smollm2.py), which cannot do GSM8K. Seed s trains on the s-th TRAIN rows, and all
+# are asked the same TEST rows. On one CPU core a seed of a task takes about an hour. Called again, it goes on where it
+# stopped. Writes results/real/TASK.md and .json, and TASK-D_r.jsonl: RAC's labels in numbers, a line a seed.
+# OUT, SEEDS, METHODS, JOBS, FLAGS, DTYPE and PYTHON are as in run.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out-real} JOBS=${JOBS:-$(nproc)} METHODS="sft sft-more scs bash rac"
+PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out-text} JOBS=${JOBS:-$(nproc)} SEEDS=${SEEDS:-1} DTYPE=${DTYPE:-bfloat16}
+METHODS=${METHODS:-sft-more scs bash rac} TRAIN=${TRAIN:-96} TEST=${TEST:-100}
 trap 'trap - INT TERM; kill 0' INT TERM
 DATA=${DATA:?the folder that holds gsm8k/, summarization/ and qa/}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456 # as in run.sh
 
-job() { # job METHOD: trains and evaluates, into a log file
-    local more="$stage --model $dir/sft --limit 400 --lr 5e-4 --epochs 1 --out $dir/$1"
-    case $1 in
-        sft) ;;
-        sft-more) "$PYTHON" sft.py $more ;;
-        *) "$PYTHON" "$1.py" $more ;;
-    esac
-    "$PYTHON" evaluate.py run --model "$dir/$1" $data --data "$test" --limit 100 --temperatures 0 --name "$1" \
-        --out "$dir/$1/eval"
+mkdir -p "$OUT" results/real
+BASE=${MODEL:-$OUT/base}
+[ -n "${MODEL:-}" ] || [ -e "$BASE" ] || {
+    rm -rf "$BASE.partial" # of a call that was cut
+    "$PYTHON" tools/smollm2.py "$BASE.partial" && mv "$BASE.partial" "$BASE"
 }
-for task in ${*:-gsm8k tldr ultrachat}; do
-    dir=$OUT/$task columns=''
-    mkdir -p "$dir"
+job() { # job METHOD: trains and evaluates, into a log file
+    local stage="$data --data $dir/train.jsonl --batch-size 8 --micro-batch-size 8 --warmup 0.1 --checkpoint-every 20
+        --seed $seed --epochs 2 --out $dir/$1 ${FLAGS:-}" # rates and epochs of `run.sh real`
+    case $1 in
+        sft) "$PYTHON" sft.py $stage --model "$BASE" --lr 1e-4 ;;
+        sft-more) "$PYTHON" sft.py $stage --model "$dir/sft" --lr 5e-5 ;;
+        scs) "$PYTHON" scs.py $stage --model "$dir/sft" --lr 5e-5 ;;
+        *) "$PYTHON" "$1.py" $stage --model "$dir/sft" --lr 5e-5 --share-prompt ;;
+    esac
+    "$PYTHON" evaluate.py run --model "$dir/$1" $data --data "$test" --limit "$TEST" --temperatures 0 --name "$1" \
+        --seed "$seed" --out "$dir/$1/eval"
+}
+for task in ${*:-tldr ultrachat}; do
     case $task in
-        gsm8k) train=$DATA/gsm8k/train.jsonl test=$DATA/gsm8k/test.jsonl lengths="--max-response 256" ;;
+        gsm8k) train=$DATA/gsm8k/train.jsonl test=$DATA/gsm8k/test.jsonl more="--max-response 256" ;;
         tldr)
             train=$DATA/summarization/scitldr_a_train.jsonl test=$DATA/summarization/scitldr_a_test.jsonl
-            lengths="--max-prompt 512 --max-response 53" ;;
+            more="--max-prompt 400 --max-response 53" ;;
         ultrachat) # dolly is one file: its last 300 rows are the test set
-            train=$dir/train.jsonl test=$dir/test.jsonl lengths="--max-prompt 256 --max-response 192"
-            columns="--columns prompt=instruction+input,response=output"
+            train=$OUT/dolly-train.jsonl test=$OUT/dolly-test.jsonl
+            more="--columns prompt=instruction+input,response=output --max-prompt 256 --max-response 128"
             head -n -300 "$DATA/qa/dolly_3k.jsonl" > "$train"
             tail -n 300 "$DATA/qa/dolly_3k.jsonl" > "$test" ;;
         *) echo "real_data.sh: no task $task" >&2; exit 2 ;;
     esac
-    data="--task $task $columns $lengths"
-    stage="$data --data $train --batch-size 16 --micro-batch-size 8"
-    [ -e "$dir/base" ] || "$PYTHON" toy.py bytes --out "$dir/base" --text "$train" --vocab 2048
-    OMP_NUM_THREADS=$(nproc) "$PYTHON" sft.py $stage --model "$dir/base" --limit 1200 --lr 2e-3 --epochs 2 --out "$dir/sft"
-    echo "$task: $METHODS ($JOBS at a time; logs in $dir/)"
-    fail=0
-    for method in $METHODS; do
-        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail=1; done
-        job "$method" > "$dir/$method.log" 2>&1 &
-    done
-    while [ -n "$(jobs -rp)" ]; do wait -n || fail=1; done
-    [ $fail = 0 ] || { echo "$task: a method failed, see $dir/*.log" >&2; exit 1; }
-    mkdir -p results/real
+    data="--task $task $more --dtype $DTYPE"
     results=()
-    for method in $METHODS; do results+=("$dir/$method/eval/results.json"); done
+    for seed in $SEEDS; do
+        dir=$OUT/$task-$seed
+        mkdir -p "$dir"
+        sed -n "$(((seed - 1) * TRAIN + 1)),$((seed * TRAIN))p" "$train" > "$dir/train.jsonl"
+        echo "$task, seed $seed: sft $METHODS ($JOBS at a time; logs in $dir/)"
+        job sft > "$dir/sft.log" 2>&1 || { echo "$task: sft failed, see $dir/sft.log" >&2; exit 1; }
+        fail=0
+        for method in $METHODS; do
+            while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail=1; done
+            job "$method" > "$dir/$method.log" 2>&1 &
+        done
+        while [ -n "$(jobs -rp)" ]; do wait -n || fail=1; done
+        [ $fail = 0 ] || { echo "$task: a method failed, see $dir/*.log" >&2; exit 1; }
+        for method in sft $METHODS; do results+=("$dir/$method/eval/results.json"); done
+    done
     "$PYTHON" evaluate.py table "${results[@]}" --out "results/real/$task"
-    cp "$dir/rac/D_r_1.json" "results/real/$task-D_r.json"
+    for seed in $SEEDS; do tr -d '\n' < "$OUT/$task-$seed/rac/D_r_1.json" && echo; done > "results/real/$task-D_r.jsonl"
 done

@@ -37,6 +37,14 @@ def below_one(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """An argparse type: a number over 0."""
+    value = number(0)(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
+
+
 count = number(0, kind=int)  # a whole number, 0 included
 positive = number(1, kind=int)  # at least one
 

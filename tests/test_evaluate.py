@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bash
+import data
 import evaluate
 import folders
 import sft
@@ -538,6 +539,7 @@ def test_watch_knows_a_right_answer(folder, monkeypatch):
     run = Namespace(model=fsdp.load_model(str(folder / "model")), tokenizer=tokenizer, device="cpu")
     run.args = Namespace(task="toy", data=None, columns="", max_prompt=0, max_response=0, micro_batch_size=4)
     run.args.eval_data, run.args.eval_rows = f"{folder}/test.jsonl", 8
+    *held, _ = data.held_out(run.args, tokenizer)
     by_prompt = {problem["prompt"]: i for i, problem in enumerate(problems)}
 
     def write(prompt, kw):
@@ -545,7 +547,7 @@ def test_watch_knows_a_right_answer(folder, monkeypatch):
         return [tokenizer(problems[i]["response"] if i < 3 else "#### 0")["input_ids"] + [1]]
 
     scripted(monkeypatch, write)
-    found = evaluate.watch(run)()
+    found = evaluate.watch(run, *held)()
     assert found["held_accuracy"] == 3 / 8
     assert found.keys() == {"held_nll", "held_gap", "held_accuracy"}
 
@@ -560,7 +562,8 @@ def test_watch_says_what_rouge_cannot_read(folder, tmp_path, monkeypatch, capsys
     run.args = Namespace(task="tldr", data=None, columns="", max_prompt=0, max_response=8, micro_batch_size=4)
     run.args.eval_data, run.args.eval_rows = str(tmp_path / "held.jsonl"), 2
     scripted(monkeypatch, lambda prompt, kw: [tokenizer("amy")["input_ids"] + [1]])
-    found = evaluate.watch(run)()
+    *held, _ = data.held_out(run.args, tokenizer)
+    found = evaluate.watch(run, *held)()
     lost = sum(summary != "amy" for summary in summaries)
     assert f"hardly reads {lost} of 2 references of --eval-data: they count as 0" in capsys.readouterr().err
     assert found.get("held_rougeL") == (0.5 if lost == 1 else None)
@@ -580,6 +583,19 @@ def test_eval_every_bad_input(folder, tmp_path, monkeypatch, flags, message):
     flags = [str(long) if flag == "LONG" else flag for flag in flags]
     with pytest.raises(ValueError, match=message):
         train(sft, folder, tmp_path / "a", monkeypatch, "--eval-every", "1", "--max-prompt", "600", *flags)
+
+
+def test_held_out_rows_are_read_before_the_weights_and_what_was_cut_is_said(folder, tmp_path, monkeypatch, capsys):
+    watched = ("--eval-every", "1", "--max-prompt", "600", "--max-response", "4", "--max-steps", "1", "--eval-data")
+    rows = [{"prompt": "amy " * n, "response": "amy has 7 eggs . #### 3"} for n in (3, 700)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(sft, folder, tmp_path / "a", monkeypatch, *watched, f"{tmp_path}/held.jsonl")
+    said = capsys.readouterr().err
+    assert "--eval-data: 1 rows left out: x over 600 tokens (--max-prompt), first: row 1" in said
+    assert "--eval-data: 1 responses cut at 4 tokens (--max-response), without EOS" in said
+    monkeypatch.setattr(fsdp, "load_model", None)
+    with pytest.raises(ValueError, match="--eval-every: --eval-data missing.jsonl: no such file"):
+        train(sft, folder, tmp_path / "b", monkeypatch, *watched, "missing.jsonl")
 
 
 def test_eval_every_on_two_ranks(folder, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import safetensors.torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 import bash
+import bon
 import ddp_utils
 import evaluate
 import folders
@@ -28,9 +29,9 @@ from core import ranks
 from tools import controls
 
 MODULES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac, "generate": generate, "evaluate": evaluate, "toy": toy}
-MODULES |= {"controls": controls}
+MODULES |= {"controls": controls, "bon": bon}
 READ = "--model model --task ultrachat --data train.jsonl --columns response=response --max-response 12 "
-GIVEN = {stage: READ + "--out out --batch-size 4 " for stage in ("sft", "scs", "bash", "rac")} | {
+GIVEN = {stage: READ + "--out out --batch-size 4 " for stage in ("sft", "scs", "bash", "rac", "bon")} | {
     "generate": READ + "--out out/z.jsonl ",
     "evaluate run": f"run {READ} --out out --name bash ",
     "evaluate table": "table ",
@@ -169,6 +170,7 @@ CASES = [
     ("sft", "--epochs two", "argument --epochs: 'two' is not a number of at least 0"),
     ("sft", "--warmup 10", "argument --warmup: '10' is not a number in [0, 1]"),
     ("sft", "--clip -0.1", "argument --clip: '-0.1' is not a number of at least 0"),
+    ("sft", "--adam-eps 0", "argument --adam-eps: '0' is not above 0"),
     ("sft", "--batch-size 0", f"argument --batch-size: '0' {LEAST_1}"),
     ("sft", "--batch-size 1" + "0" * 400, LEAST_1),
     ("sft", "--batch-size ''", f"argument --batch-size: '' {LEAST_1}"),
@@ -352,6 +354,15 @@ CASES = [
     # --pairs
     ("rac", "--kl reverse", "--topk and --kl are for --labels topk"),
     ("rac", "--topk 4", "--topk and --kl are for --labels topk"),
+    ("bash", "--pairs D_s --iterations 0 --sft-epochs 1", "--pairs is for an iteration, and there is none"),
+    ("rac", "--z z.jsonl --iterations 0", "--z is for an iteration, and there is none (--iterations 0)"),
+    ("rac", "--z z.jsonl --refresh-every 2", "--refresh-every makes its data itself, --z brings them: choose"),
+    ("bash", "--pairs D_s --beta 0.5", "--pairs brings data that are made: it takes no --beta"),
+    ("rac", "--pairs D_r --labels-from start", "--pairs brings data that are made: it takes no --labels-from"),
+    ("rac", "--pairs D_r --temperature 0", "--pairs brings data that are made: it takes no --temperature"),
+    ("rac", "--pairs D_r --max-reference 90", "--pairs brings data that are made: it takes no --max-reference"),
+    ("bon", "--pairs D_bon --n 4", "--pairs brings data that are made: it takes no --n"),
+    ("bon", "--dco --n 4", "--dco is one loss, of y alone: it takes no --temperature, --n, --sft-weight or"),
     ("bash", "--pairs ''", "not a folder written by datasets' save_to_disk"),
     ("bash", "--pairs missing --sft-epochs 1", "--pairs missing: not a folder written by datasets' save_to_disk"),
     ("rac", "--pairs train.jsonl --sft-epochs 1", "--pairs train.jsonl: not a folder written by"),

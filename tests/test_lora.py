@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import batches
+import data
 import ddp_utils
 import evaluate
 import generate
@@ -241,7 +242,8 @@ def test_held_out_rows_are_measured_with_the_adapter(base, tmp_path, monkeypatch
     out = run(monkeypatch, "sft", base, tmp_path / "out", *flags)
     args = stage.parser("").parse_args(words("sft", base, out, *flags)[1:])
     saved = Namespace(model=fsdp.load_model(str(out)), tokenizer=fsdp.load_tokenizer(str(out)), device="cpu", args=args)
-    found, held = evaluate.watch(saved)(), [name for name in log(out)[-1] if name.startswith("held_")]
+    *rows, _ = data.held_out(args, saved.tokenizer)
+    found, held = evaluate.watch(saved, *rows)(), [name for name in log(out)[-1] if name.startswith("held_")]
     assert len(held) > 1 and log(out)[0]["held_nll"] != log(out)[-1]["held_nll"]
     for name in held:
         assert log(out)[-1][name] == pytest.approx(found[name], rel=1e-4, abs=1e-6)
@@ -254,8 +256,6 @@ def test_labels_of_the_start_come_from_the_model_without_its_adapter(base, tmp_p
     flags = ("--labels-from", "start", "--sft-epochs", 8, "--epochs", 1, "--iterations", 2)
     out = run(monkeypatch, "rac", base, tmp_path / "out", *flags)
     assert len(loaded) == 1
-    import data
-
     start, end = load(str(base / "llama")), load(str(out))
     tokenizer = fsdp.load_tokenizer(str(out))
     args = rac_args(base, out)

@@ -299,6 +299,21 @@ def test_dpo(base, tmp_path, monkeypatch):
     assert [r["loss"] for r in log(again)] == pytest.approx([r["loss"] for r in lines], rel=1e-4)
 
 
+def test_dpo_with_columns_of_its_own_and_held_out_rows(base, tmp_path, monkeypatch):
+    """--columns names three columns of the pairs; of the held-out rows the prompt's alone."""
+    pairs = [json.loads(line) for line in (base / "pairs.jsonl").read_text().splitlines()]
+    pairs = [{"q": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in pairs]
+    held = [{"q": row["q"], "messages": row["good"]} for row in pairs[:3]]
+    for name, rows in (("pairs", pairs), ("held", held)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", tmp_path / "pairs.jsonl", "--columns", "prompt=q,chosen=good,rejected=bad", "--max-steps", "2"]
+    flags += ["--eval-every", "1", "--eval-data", tmp_path / "held.jsonl", "--eval-samples", "1"]
+    out = run(monkeypatch, "dpo", base, tmp_path / "out", *flags)
+    assert all(row["held_nll"] > 0 and row["samples"][0]["prompt"] for row in log(out))
+    plain = run(monkeypatch, "dpo", base, tmp_path / "plain", "--max-steps", "2")
+    assert [row["loss"] for row in log(plain)] == [row["loss"] for row in log(out)]
+
+
 def test_dpo_of_a_step_is_the_mean_over_its_pairs(base, tmp_path, monkeypatch):
     """The second step of a run, rebuilt from the definition: one unpadded row at a time, in float64."""
     out = run(
@@ -496,6 +511,36 @@ def test_implausible_corrections_are_counted(base, tmp_path, monkeypatch, capsys
     assert json.loads((tmp_path / "out" / "D_r_1.json").read_text()) == found
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row | {"top_ids": row["top_ids"][:-1]},
+        lambda row: row | {"top_ids": [ids[:2] for ids in row["top_ids"]]},
+        lambda row: row | {"top_logp": [*row["top_logp"][:-1], row["top_logp"][-1][:1]]},
+        lambda row: row | {"top_ids": [[10**6] * 3 for _ in row["z"]]},
+        lambda row: row | {"top_ids": [[-1] * 3 for _ in row["z"]]},
+        lambda row: row | {"top_logp": [[0.5] * 3 for _ in row["z"]]},
+        lambda row: row | {"top_logp": [[float("nan")] * 3 for _ in row["z"]]},
+        lambda row: row | {"top_logp": [[None] * 3 for _ in row["z"]]},
+    ],
+)
+def test_soft_labels_that_do_not_fit_their_row(base, tmp_path, monkeypatch, capsys, change):
+    """Each row is looked at, before the first step."""
+    soft = ("--labels", "topk", "--topk", "3")
+    made = run(monkeypatch, "rac", base, tmp_path / "made", *soft, "--epochs", "0")
+    first, second, *rows = datasets.load_from_disk(str(made / "D_r_1")).to_list()
+    assert second["z"]
+    datasets.Dataset.from_list([first, change(second), *rows]).save_to_disk(str(tmp_path / "other"))
+    line = fails(monkeypatch, capsys, "rac", base, tmp_path / "out", *soft, "--pairs", tmp_path / "other")
+    assert "other, row 1: top_ids and top_logp must be 3 token ids and log-probabilities for each token of z" in line
+
+
+def test_rac_says_where_there_is_no_correction(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rac, "rac_labels", lambda model, f, z, batch_size: z)
+    run(monkeypatch, "rac", base, tmp_path / "out", "--max-steps", "1")
+    assert "WARNING: no token of z is corrected: Eq. 7 has nothing to learn" in capsys.readouterr().err
+
+
 def test_rac_flags_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
     made = run(monkeypatch, "rac", base, tmp_path / "made", "--labels", "topk", "--topk", "3", "--max-steps", "1")
     pairs = ["--pairs", made / "D_r_1"]
@@ -508,7 +553,8 @@ def test_rac_flags_that_do_not_fit(base, tmp_path, monkeypatch, capsys):
     def refused(*flags):
         return fails(monkeypatch, capsys, "rac", base, tmp_path / "refused", *flags)
 
-    assert "was not made with --labels topk --topk 4" in refused("--labels", "topk", "--topk", "4", *pairs)
+    told = "row 0: top_ids and top_logp must be 4 token ids and log-probabilities for each token of z"
+    assert told in refused("--labels", "topk", "--topk", "4", *pairs)
     datasets.load_from_disk(str(made / "D_r_1")).remove_columns("top_ids").save_to_disk(str(tmp_path / "hard"))
     assert "was not made with --labels topk" in refused("--labels", "topk", "--topk", "3", "--pairs", tmp_path / "hard")
     assert "--topk 999: the model's vocabulary has" in refused("--labels", "topk", "--topk", "999")

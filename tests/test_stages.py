@@ -319,6 +319,46 @@ def test_a_diverging_run_stops_and_names_step_and_rows(base, tmp_path, monkeypat
     assert line.startswith("sft.py: error: step 1: loss") and "not finite (rank 0, rows [" in line
 
 
+@pytest.mark.parametrize("flags", [(), ("--checkpoint-every", "1"), ("--checkpoint-every", "0")])
+def test_weights_that_are_not_finite_are_not_kept(base, tmp_path, monkeypatch, capsys, flags):
+    """After the last step no loss would show them."""
+    line = fails(monkeypatch, capsys, "sft", base, tmp_path / "out", "--max-steps", "1", "--lr", "1e38", *flags)
+    assert "step 1: the weights are not finite after it, at a learning rate of 1e+38: lower --lr; there is no" in line
+    assert not (tmp_path / "out" / "config.json").exists() and not [*(tmp_path / "out").glob("checkpoints/*")]
+
+
+@pytest.mark.parametrize("every", ["1", "0"])
+def test_a_signal_behind_the_last_step_of_a_phase_is_heard_before_the_next_draw(base, tmp_path, monkeypatch, every):
+    """It comes when the checkpoint has been written, or while nobody looks."""
+    out, update = tmp_path / "out", ddp_utils.Run.update
+    flags = ("--sft-epochs", "1", "--checkpoint-every", every)
+
+    def last(run, **also):
+        step = run._step
+        update(run, **also)
+        if step.last:
+            run._stop()
+
+    monkeypatch.setattr(ddp_utils.Run, "update", last)
+    told = "goes on from there" if every == "1" else "trains anew: there is no checkpoint"
+    with pytest.raises(SystemExit, match=told):
+        run(monkeypatch, "bash", base, out, *flags)
+    assert not [*out.glob("D_s*")]
+    monkeypatch.setattr(ddp_utils.Run, "update", update)
+    folders.open_out.lock.close()
+    run(monkeypatch, "bash", base, out, *flags)
+    whole = run(monkeypatch, "bash", base, tmp_path / "whole", *flags)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_steps_of_a_fractional_epoch(base, tmp_path, monkeypatch):
+    """1.1 epochs of 10 steps are 11, though 1.1 * 10 is 11.000000000000002."""
+    (tmp_path / "ten.jsonl").write_text('{"prompt": "3", "response": "4"}\n' * 10)
+    flags = ("--batch-size", "1", "--epochs", "1.1")
+    out = run(monkeypatch, "sft", base, tmp_path / "out", *flags, data_file=tmp_path / "ten.jsonl")
+    assert len(read_log(out)) == 11
+
+
 def test_a_batch_that_ran_out_of_memory_can_be_tried_with_a_smaller_micro_batch(base, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(ddp_utils.Run, "finish", lambda run: None)  # as if killed after the last step
