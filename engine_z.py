@@ -3,6 +3,7 @@
     {"id": 0, "response": "7 .", "finish_reason": "stop"}                   # a line; or with token ids, or several:
     {"id": 0, "responses": [[7, 4, 1], [8, 4]], "finish_reasons": ["stop", "length"]}
 
+A line of generate.py has texts as responses, to be read, and token_ids, which are what is learnt from.
 id is the row's, from 0 (`data.load_rows`). finish_reason is "stop" where the response ended by itself, "length" where
 it was cut: a text does not show that, token ids do by the token they end with. May be there: prompt (the question, its
 text as the model reads it, its token ids, or messages), which must be the row's; drawn_by, {"model", "weights",
@@ -54,12 +55,12 @@ def weights_of(flags: dict) -> str | None:
     return flags.get("what --model holds") or flags.get("the revision of --model")
 
 
-def line(row: dict, tokenizer, by: dict[str, str]) -> dict:
-    """What generate.py writes for a row (id, x, y, z: its samples)."""
-    found = {"id": row["id"], "prompt": tokenizer.decode(row["x"]), "reference": response_text(tokenizer, row["y"])}
+def line(row: dict, reference: str, tokenizer, by: dict[str, str]) -> dict:
+    """What generate.py writes for a row (id, x, z: its samples). A text may be read back as other tokens."""
+    found = {"id": row["id"], "prompt": tokenizer.decode(row["x"]), "reference": reference}
     found["responses"] = [response_text(tokenizer, z) for z in row["z"]]
     found["finish_reasons"] = ["stop" if z and z[-1] in ends(tokenizer) else "length" for z in row["z"]]
-    return found | {"drawn_by": by}
+    return found | {"token_ids": row["z"], "drawn_by": by}
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -79,6 +80,7 @@ class File:
     said: Counter = dataclasses.field(default_factory=Counter)  # what there is to say, and how often
     first: dict[str, int] = dataclasses.field(default_factory=dict)  # ... and of which id first
     by: dict[tuple, dict] = dataclasses.field(default_factory=dict)  # who drew
+    own: bool = False  # is the row at hand said to be of this very tokenizer?
 
     def say(self, what: str, row: int) -> None:
         self.said[what] += 1
@@ -102,6 +104,7 @@ class File:
         if several == (row.get("response") is not None):
             raise ValueError(f"{where}: must have response, or a list of responses; there are {', '.join(row)}")
         found = row["responses"] if several else [row["response"]]
+        found = row["token_ids"] if several and row.get("token_ids") is not None else found
         marks = row.get("finish_reasons") if several else [row.get("finish_reason")]
         marks = [None] * len(found) if marks is None and isinstance(found, list) else marks
         if not isinstance(found, list) or not isinstance(marks, list) or len(found) != len(marks):
@@ -114,6 +117,7 @@ class File:
         if not isinstance(by, dict) or not all(isinstance(by.get(key, ""), str) for key in DRAWN_BY):
             raise ValueError(f"{where}: drawn_by must be an object of texts ({', '.join(DRAWN_BY)})")
         self.by[tuple(map(by.get, DRAWN_BY))] = by
+        self.own = by.get("tokenizer") == self.vocabulary[1]
         if any(isinstance(z, list) for z in found) and by.get("tokenizer", self.vocabulary[1]) != self.vocabulary[1]:
             raise ValueError(f"{where}: its token ids are of another tokenizer than this model's; give text")
         return [self.ids_of(z, mark, x, own, where) for z, mark in zip(found, marks, strict=True)]
@@ -167,7 +171,7 @@ class File:
         if early := [t for t in z[:-1] if t in ends(self.tokenizer)]:
             name = self.tokenizer.convert_ids_to_tokens(early[0])
             raise ValueError(f"{where}: goes on after {name}, which ends a response; leave out what follows it")
-        if self.said["looked at"] < LOOKED_AT:
+        if self.said["looked at"] < LOOKED_AT and not self.own:
             self.said["looked at"] += 1
             text = self.tokenizer.decode(z, clean_up_tokenization_spaces=False)
             self.said["same again"] += self.tokenizer(text, add_special_tokens=False)["input_ids"] == z
@@ -263,6 +267,8 @@ def of_whom(args: argparse.Namespace, file: File) -> list[str]:
         elif by[key] != own[key]:
             who = by.get("model") or by[key]
             told.append(f"WARNING: z was drawn by {who}, which is not --model {args.model} as it is: z is off-policy")
+    if getattr(args, "refresh_every", 0):
+        told.append("--z is for the first D of --refresh-every: those rows alone; the current model draws the later z")
     if getattr(args, "sft_epochs", 0):
         told.append("WARNING: z was drawn before --sft-epochs: it is not of the model that will read it")
     return told

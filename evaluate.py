@@ -69,12 +69,11 @@ from core.answers import (
 from core.answers import pass_at_k as pass_at_k  # for those who look for it here
 from core.chat import ends, response_text
 from core.flags import count, data_flags, group, model_flags, new_parser, number, positive
-from core.fsdp import check_fits, inference, load_tokenizer, model_of
-from core.ranks import RANK, WORLD, all_sum, barrier, cli, fold_in, init, print0
+from core.fsdp import check_fits, load_tokenizer, model_of
+from core.ranks import RANK, barrier, cli, fold_in, init, print0
 from core.rows import read, read_scores
 from core.tables import cell, table, title
 from data import Dataset
-from ddp_utils import Run
 from folders import claim_file, open_out, write_json
 
 CHECKS = {  # task: (the answer in a text, are two answers the same)
@@ -300,7 +299,8 @@ def run(args: argparse.Namespace) -> None:
         "name": args.name, "seed": args.seed, "model": args.model, "task": args.task,
         "data": args.data or spec.hub[0], "split": args.split, "test_set": test_set[:16],
         "n": len(examples), "left_out": len(rows) - len(examples), "beta": args.beta, "generations": args.generations,
-        "max_response": args.max_response, "dtype": args.dtype, "metrics": metrics, "details": details,
+        "max_response": args.max_response, "dtype": args.dtype, "math_verify": bool(args.math_verify),
+        "metrics": metrics, "details": details,
     }  # fmt: skip
     results |= {} if args.x is None else {"x": args.x}
     barrier()
@@ -384,48 +384,6 @@ def alpaca(args: argparse.Namespace) -> None:
              "dataset": str(row.get("dataset", ""))} for row in rows
         ])  # fmt: skip
     print0(f"{len(rows)} outputs, {sum(not text for text in texts.values())} of them empty: {out}")
-
-
-# ---------------------------------------------------------------------------------------------- while training
-def watch(run: Run, examples: Dataset, references: dict[int, str]) -> Callable[[], dict[str, float]]:
-    """For --eval-every: a function that measures the run's model on what data.held_out has read, for log.jsonl.
-
-    held_nll and held_gap in nats per token of y, as nll_y and exposure_gap; held_accuracy (greedy) or held_rougeL where
-    the task has one. The rows are divided over the ranks."""
-    args, spec = run.args, data.TASKS[run.args.task]
-    new = (args.max_response or spec.max_response) if args.task in (*CHECKS, "tldr") else 0
-    if args.task == "tldr":
-        lost = hardly_read("references of --eval-data", [*references.values()], "they count as 0 in held_rougeL")
-        new = new if lost < len(references) else 0
-    tokens = max(len(row["x"]) + max(len(row["y"]), new) for row in examples)
-    check_fits(run.model, tokens, max(max(row["x"] + row["y"]) for row in examples), "--eval-data: x and y")
-    name = {"tldr": "rougeL"}.get(args.task, "accuracy") if new else None
-    if args.task == "tldr":
-        optional("rouge_score.rouge_scorer", "rouge-score")
-    mine = examples.to_list()[RANK::WORLD]
-    x, y, ids = ([row[key] for row in mine] for key in ("x", "y", "id"))
-    size = {"ids": ids, "batch_size": getattr(args, "generation_batch_size", 64)}
-
-    def score(z: list[int], reference: str) -> float:
-        text = response_text(run.tokenizer, z)
-        if args.task == "tldr":
-            return rouge([[text]], [reference]).get("rougeL", 0.0)
-        find, equal = CHECKS[args.task]
-        return float(equal(find(text), find(reference)))
-
-    def measure() -> dict[str, float]:
-        end, drawn = ends(run.tokenizer), []
-        with inference(run.model):
-            g = generate.mix(run.model, x, y, beta=0.2, **size)  # Eq. 4; one beta for all stages, to compare
-            on_y, on_g = (sum(nll(run.model, x, inputs, y, args.micro_batch_size)) for inputs in (y, g))
-            if new:
-                drawn = generate.generate(run.model, x, temperature=0, max_new_tokens=new, eos_token_id=end, **size)
-        good = sum(score(z, references[i]) for i, (z,) in zip(ids, drawn)) if new else 0.0
-        sums = torch.tensor([on_y, on_g, sum(map(len, y)), good, len(y)], dtype=torch.float64, device=run.device)
-        on_y, on_g, n, good, count = all_sum(sums).tolist()
-        return {"held_nll": on_y / n, "held_gap": (on_g - on_y) / n} | ({f"held_{name}": good / count} if name else {})
-
-    return measure
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -377,15 +377,18 @@ def main() -> None:
     def draw(rows: dict, each: Callable[[int, Rows], None]) -> list[Rows]:
         return generate(model, rows["x"], ids=rows["id"], eos_token_id=ends(tokenizer), each=each, **options)
 
+    given = data.load_rows(args.task, args.data, args.split, args.columns, args.limit, need_response=False)
+    references = {row["id"]: row["response"] for row in given}  # whole, where y is cut
     made = offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, z=draw)
     if RANK == 0:
         partial = out.with_name(out.name + ".partial")
         by = engine_z.drawn_by(json.loads(Path(args.out + ".args.json").read_text()), tokenizer)
         with open(partial, "w", encoding="utf-8") as file:
             for row in made:
-                file.write(json.dumps(engine_z.line(row, tokenizer, by), ensure_ascii=False) + "\n")
+                line = engine_z.line(row, references[row["id"]], tokenizer, by)
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         partial.rename(out)
-    print0(f"{len(made)} prompts, {args.n} responses each: {out} (token ids in {out}.data)")
+    print0(f"{len(made)} prompts, {args.n} responses each: {out}")
 
 
 if __name__ == "__main__":

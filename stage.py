@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 
 import data
-import evaluate
 import sums
 from batches import check_share_prompt
 from core import lora, packed, track
@@ -22,7 +21,7 @@ from core.ranks import WORLD, init, print0
 from data import Dataset
 from ddp_utils import Run
 from folders import check_saves, open_out, read_pairs
-from samples import sampler
+from held_out import sampler, watch
 
 
 def parser(doc: str, task: str | None = None) -> argparse.ArgumentParser:
@@ -72,9 +71,8 @@ def check_refresh(args: argparse.Namespace) -> None:
     """Raises ValueError where --refresh-every is given beside what it takes the place of."""
     if args.refresh_every and args.iterations != 1:
         raise ValueError("--refresh-every makes new data in one schedule, --iterations begins it again: choose")
-    for name in ("pairs", "z"):
-        if args.refresh_every and getattr(args, name, None) is not None:
-            raise ValueError(f"--refresh-every makes its data itself, --{name} brings them: choose")
+    if args.refresh_every and args.pairs is not None:
+        raise ValueError("--refresh-every makes its data itself, --pairs brings them: choose")
 
 
 def check_pairs(p: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
@@ -130,7 +128,7 @@ def start(
     print0(f"batch {size} = {WORLD} processes x {accumulation} micro-batches of up to {args.micro_batch_size} rows")
     run = Run(args, model, tokenizer)
     if args.eval_every:
-        run.watch = evaluate.watch(run, *held)
+        run.watch = watch(run, *held)
         run.samples = sampler(run) if args.eval_samples else None
     return run, examples
 

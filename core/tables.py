@@ -59,6 +59,7 @@ def cell(metric: str, value: tuple | None, sign: str = "") -> str:
 
 
 SAME = ("task", "test_set", "beta", "generations", "max_response")  # what the runs of one table must share
+ALSO = ("dtype", "math_verify")  # ... and these, where a file has them
 
 
 def read_results(paths: list[str]) -> list[dict]:
@@ -88,7 +89,7 @@ def summarise(runs: list[dict], baseline: str | None = None) -> dict:
     if len(judges) > 1:
         raise ValueError(f"{' and '.join(judges.values())}: win rates by different judges: not one table")
     for one in runs:
-        for key in SAME:
+        for key in (*SAME, *(key for key in ALSO if key in one and key in first)):
             if one[key] != first[key]:
                 raise ValueError(f"{one['file']} has {key} {one[key]}, {first['file']} has {first[key]}: not one table")
         seeds = rows.setdefault(one["name"], {})

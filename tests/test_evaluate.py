@@ -17,6 +17,7 @@ import bash
 import data
 import evaluate
 import folders
+import held_out
 import sft
 import sums
 import tiny
@@ -547,7 +548,7 @@ def test_watch_knows_a_right_answer(folder, monkeypatch):
         return [tokenizer(problems[i]["response"] if i < 3 else "#### 0")["input_ids"] + [1]]
 
     scripted(monkeypatch, write)
-    found = evaluate.watch(run, *held)()
+    found = held_out.watch(run, *held)()
     assert found["held_accuracy"] == 3 / 8
     assert found.keys() == {"held_nll", "held_gap", "held_accuracy"}
 
@@ -563,7 +564,7 @@ def test_watch_says_what_rouge_cannot_read(folder, tmp_path, monkeypatch, capsys
     run.args.eval_data, run.args.eval_rows = str(tmp_path / "held.jsonl"), 2
     scripted(monkeypatch, lambda prompt, kw: [tokenizer("amy")["input_ids"] + [1]])
     *held, _ = data.held_out(run.args, tokenizer)
-    found = evaluate.watch(run, *held)()
+    found = held_out.watch(run, *held)()
     lost = sum(summary != "amy" for summary in summaries)
     assert f"hardly reads {lost} of 2 references of --eval-data: they count as 0" in capsys.readouterr().err
     assert found.get("held_rougeL") == (0.5 if lost == 1 else None)

@@ -20,7 +20,7 @@ FLOORS = (
     "folders",
     "ddp_utils tables preferences toy engine_z",
     "evaluate corrections plots",
-    "samples",
+    "held_out",
     "stage rac_options bon_options",
     "sft dpo show judge controls room smollm2",
     "scs bash rac bon",

@@ -17,6 +17,7 @@ import data
 import ddp_utils
 import evaluate
 import generate
+import held_out
 import lora_runs
 import rac
 import sft
@@ -243,7 +244,7 @@ def test_held_out_rows_are_measured_with_the_adapter(base, tmp_path, monkeypatch
     args = stage.parser("").parse_args(words("sft", base, out, *flags)[1:])
     saved = Namespace(model=fsdp.load_model(str(out)), tokenizer=fsdp.load_tokenizer(str(out)), device="cpu", args=args)
     *rows, _ = data.held_out(args, saved.tokenizer)
-    found, held = evaluate.watch(saved, *rows)(), [name for name in log(out)[-1] if name.startswith("held_")]
+    found, held = held_out.watch(saved, *rows)(), [name for name in log(out)[-1] if name.startswith("held_")]
     assert len(held) > 1 and log(out)[0]["held_nll"] != log(out)[-1]["held_nll"]
     for name in held:
         assert log(out)[-1][name] == pytest.approx(found[name], rel=1e-4, abs=1e-6)
