@@ -2,12 +2,15 @@
 # The whole path on real text with a pretrained model: SFT, then SFT again, SCS, BASH and RAC, each evaluated.
 #
 #     DATA=path/to/data bash benchmarks/real_data.sh [tldr|ultrachat|gsm8k ...]
-#     DATA=... MODEL=path/to/Qwen2.5-Coder-0.5B-Instruct TRAIN=64 TEST=50 bash benchmarks/real_data.sh gsm8k
+#     DATA=... MODEL=path/to/Qwen2.5-Coder-0.5B-Instruct TRAIN=48 TEST=40 bash benchmarks/real_data.sh gsm8k
+#     DATA=... EMBEDDER=path/to/all-MiniLM-L6-v2 bash benchmarks/real_data.sh figure2
 #
 # DATA holds gsm8k/{train,test}.jsonl, summarization/scitldr_a_{train,test}.jsonl and qa/dolly_3k.jsonl. MODEL is a folder;
 # by default SmolLM2-135M-Instruct (tools/smollm2.py), which cannot do GSM8K. Seed s trains on the s-th TRAIN rows, and all
 # are asked the same TEST rows. On one CPU core a seed of a task takes about an hour. Called again, it goes on where it
-# stopped. Writes results/real/TASK.md and .json, and TASK-D_r.jsonl: RAC's labels in numbers, a line a seed.
+# stopped. Writes results/real/TASK.md and .json, and TASK-D_r.jsonl: RAC's labels in numbers, a line a seed. `figure2`,
+# after ultrachat, draws N answers to each of the first four test queries by the models of seed 1, and writes how far
+# they are from the reference, results/real/figure2.json and .png (Fig. 2; its temperature is the paper's).
 # OUT, SEEDS, METHODS, JOBS, FLAGS, DTYPE and PYTHON are as in run.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -47,6 +50,19 @@ for task in ${*:-tldr ultrachat}; do
             more="--columns prompt=instruction+input,response=output --max-prompt 256 --max-response 128"
             head -n -300 "$DATA/qa/dolly_3k.jsonl" > "$train"
             tail -n 300 "$DATA/qa/dolly_3k.jsonl" > "$test" ;;
+        figure2)
+            head -n 4 "$OUT/dolly-test.jsonl" > "$OUT/four.jsonl"
+            files=()
+            for method in sft $METHODS; do
+                file=$OUT/figure2-$method.jsonl
+                [ -e "$file" ] || "$PYTHON" generate.py --model "$OUT/ultrachat-1/$method" --task ultrachat --data "$OUT/four.jsonl" \
+                    --columns prompt=instruction+input,response=output --max-response 128 --n "${N:-256}" --temperature 0.7 \
+                    --dtype "$DTYPE" --seed 1 --out "$file"
+                files+=("$method=$file")
+            done
+            "$PYTHON" tools/show.py distance "${files[@]}" --embedder "$EMBEDDER" --out "$OUT/figure2"
+            for kind in json png; do cp "$OUT/figure2/distance.$kind" "results/real/figure2.$kind"; done
+            continue ;;
         *) echo "real_data.sh: no task $task" >&2; exit 2 ;;
     esac
     data="--task $task $more --dtype $DTYPE"

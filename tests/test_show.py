@@ -333,6 +333,11 @@ def test_distance_bad_input(tmp_path, monkeypatch, capsys):
     assert "c.jsonl, row 0: responses must be a list of two texts" in told(generations(tmp_path / "c.jsonl", ("0", [])))
     assert "d.jsonl, row 0: no reference" in told(generations(tmp_path / "d.jsonl", (" ", ["1", "2"])))
     assert "is not a whole number" in told(a, "--rows", "x")
+    row = {"id": 0, "reference": "0", "responses": ["1", "2"]}
+    for i, ids in enumerate([(0, 0), (0, [1]), ("0", 1)]):
+        file = tmp_path / f"{i}.jsonl"
+        file.write_text("".join(json.dumps(row | {"id": own}) + "\n" for own in ids))
+        assert f"{i}.jsonl: id must be a whole number, and another one in each row" in told(file)
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     assert "pip install sentence-transformers" in told(a)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
