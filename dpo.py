@@ -10,8 +10,9 @@ so that no second model is in memory. A step makes one forward pass for both sid
 beta [(log pi(y|x) - log ref(y|x)) - (log pi(z|x) - log ref(z|x))], and how often it is above 0.
 
 Departures from the paper
-- It takes the settings of the Zephyr recipe without listing them. The defaults are that recipe's (beta 0.01, lr 5e-7,
-  one epoch, batch 128, at most 1024 tokens of which 512 of the prompt), on its train_prefs alone.
+- It follows zephyr-7b-beta without listing its settings. The defaults are those of that model's later recipe (beta
+  0.01, lr 5e-7, one epoch, batch 128, at most 1024 tokens of which 512 of the prompt), on train_prefs alone. (Its first
+  recipe had beta 0.1 and three epochs.)
 - A prompt that is too long is not cut: its row is left out and counted, like one whose sides are equal, or one empty.
 - Log-probabilities are summed over the response's tokens, as published, its EOS included; dropout is off.
 """

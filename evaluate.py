@@ -16,7 +16,7 @@
     pass@K_tT, maj@K_tT          for --k K: is one of K right (unbiased); is the most frequent answer of the first K
     rouge1_tT, rouge2_, rougeL_  tldr: F1 by Google's rouge-score, no stemming (Tables 1 and 7). Its tokeniser knows a-z
                                  and 0-9 alone: references of other letters are counted, said and left out
-    win_rate_tT                  tldr: by judge.py, share of the parsed verdicts that prefer the model to the reference
+    win_rate_tT                  tldr: by tools/judge.py, share of its verdicts that prefer the model to the reference
     nll_y, nll_g, exposure_gap   nats per token of y given (x, y^{<j}); given (x, g^{<j}), g the model's mixed prefix of
                                  Eq. 4; the second less the first
     recovery_restated, _final    toy, sums: a wrong result is forced on the model; does it restate the right one, and

@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 8 generate.py --model runs/rac --task gsm8k --out answers.jsonl --temperature 0.1 --n 3
 
 Prompts and responses are lists of token ids; `model` is any causal LM of transformers (checked: GPT-NeoX, Llama,
-Mistral with its sliding window, GPT-2, Qwen2, Qwen3, Gemma), on any device and in any dtype. Needs torch and
-transformers.
+Mistral with its sliding window, GPT-2, Qwen2, Qwen3, Gemma), on any device and in any dtype. Needs torch,
+transformers and core/.
 
 **One layout.** Prompts are padded on the left, so that all responses start in one column. The attention mask and the
 position ids are always passed, and come from lengths: a pad id that is also EOS, or a word of the prompt, does no

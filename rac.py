@@ -83,7 +83,7 @@ def to_last_correction(z: list[int], z_bar: list[int]) -> tuple[list[int], list[
 
 
 def draw_z(run: Run, iteration: int, rows: dict[str, Sequence], each: Callable[[int, list], None]) -> list:
-    """Answers z ~ p(.|x) of the current model (Algorithm 2, line 9), for `run.offline`: each(i, z) of the i-th row."""
+    """Answers z ~ p(.|x) of the current model (Algorithm 2, line 10), for `run.offline`: each(i, z) of the i-th row."""
     args = run.args
     if args.z and iteration == 1:
         return engine_z.draw(args, run.tokenizer, rows, each)
@@ -104,9 +104,9 @@ def draw_z(run: Run, iteration: int, rows: dict[str, Sequence], each: Callable[[
 def make_d_r(run: Run, examples: Dataset, iteration: int, pairs: Dataset | None = None) -> Dataset:
     """D_r = {(x, y, z, z_bar)} by the current model (Algorithm 2, lines 8 to 13); or `pairs`, already there."""
     args, name = run.args, f"D_r_{iteration}"
-    draw = partial(draw_z, run, iteration)  # line 9
+    draw = partial(draw_z, run, iteration)  # line 10
 
-    def label(model: torch.nn.Module, rows: list[dict]) -> list[dict]:  # lines 10-12
+    def label(model: torch.nn.Module, rows: list[dict]) -> list[dict]:  # lines 11-12
         f, z = ([row[column] for row in rows] for column in ("f", "z"))
         if args.labels == "topk":
             found = rac_options.rac_top_labels(model, f, z, args.topk, args.micro_batch_size)

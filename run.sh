@@ -8,8 +8,8 @@
 #
 # A second call goes on where the first one stopped. Override with environment variables:
 #     OUT=out      folder of everything that is made         SEEDS="1"    e.g. SEEDS="1 2 3 4 5"
-#     METHODS      of: sft-more sft-compute scs bash rac rac-oracle bash-noise bash-anywhere  (sft always runs: the
-#                  others start from it), and, not by default: neftune spin dpo, RAC in two iterations: rac-2, with
+#     METHODS      of: sft-more sft-compute scs bash rac rac-oracle  (sft always runs: the others start from it), for
+#                  `real` also bash-noise bash-anywhere, and, not by default: neftune spin dpo, RAC in two iterations: rac-2, with
 #                  Eq. 6: rac-unmasked, of wrong answers alone: rac-wrong, and RAC beyond the paper: rac-topk rac-reverse
 #                  rac-first rac-plausible rac-2-start; and Best-of-N-aware fine-tuning of 16 samples of each problem:
 #                  bon-1 (rejection sampling), bon-2, bon-4, bon-8, and dco (N = 4), which has no samples

@@ -7,8 +7,8 @@
 
 Departures from the paper
 - Algorithms 1 and 2 step along -grad J of a log-likelihood J; that sign is a slip: we minimise -J.
-- Eq. 1 divides by the number of examples; we divide by the number of response tokens in the global batch, which is what
-  the code the paper builds on does. The prompt is never a target.
+- Eq. 1 divides by the number of examples; we divide by the number of response tokens in the global batch. (The code
+  that the paper builds on takes the mean over a micro-batch, its prompts included.) The prompt is never a target.
 - NEFTune is its authors' (L is the example's own length, padding gets no noise), not that of libraries, which count the
   padding. The noise is drawn per (seed, step, example): micro-batches, ranks and an interruption do not change it.
 - Weights and AdamW moments are float32 (Table 5 says bfloat16 without saying of what); --dtype sets the computation's.

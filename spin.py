@@ -11,8 +11,9 @@ before are used as well; what the new opponent gives them is in OUT/D_spin_1_aga
 reward margin and how often it is above 0, as dpo.py's.
 
 Departures from the paper, and from SPIN's own code, whose settings the paper took for two of its tasks
-- The defaults are that code's (lr 5e-7, batch 64, beta 0.1), but for the epochs of an iteration: 3 there, 1 here as in
-  the paper's summarization. --lr and --beta hold for all iterations; that code changes them after the paper's two.
+- The defaults are that code's (lr 5e-7, batch 64, beta 0.1), but for the epochs of an iteration: 3 or 6 there, 1 here
+  as in the paper's summarization and math. --lr and --beta hold for all iterations; that code changes them after the
+  paper's two.
 - AdamW and cosine as everywhere here, where that code has RMSprop and a linear decay; each iteration has its own.
 - The paper searches beta in {0.1, 0.5, 1, 5}.
 - z has at most --max-response tokens, as y has (that code draws 256); --temperature is 1 (Eq. 2).

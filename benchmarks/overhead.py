@@ -8,7 +8,8 @@ Each side does what its stage does (scs.py, bash.py, sft.py): a training step is
 data generation is the mix for one batch by a model without optimiser. SCS draws g by the current weights and then
 trains on it: alone (--sft-weight 0, as Eq. 3 stands) or with the SFT loss beside it, as BASH has. It draws by
 generate.mix, or one token after the other with a KV cache, or (--naive) as before caches: the whole batch is read again
-for each token. All three draw the same tokens. The paper does not say which of these its SCS was.
+for each token. All three draw the same tokens. The paper's SCS switches between training and inference for each token
+(its remark 1), so its figures stand beside that; whether with a cache, or with the SFT loss, the paper does not say.
 
 The passes that the parallel draw needs depend on how sure the model is of its text, so random weights say nothing about
 its time. By default the model is that of mixing.py (GPT-NeoX, d = 256, 4 layers, a BPE of 2048 tokens), trained
@@ -49,7 +50,7 @@ SIDES = {  # side: how g is drawn, losses of the training step; ratios are to th
 PAPER = {  # s for a global batch and GB of each GPU on 8 A6000: Table 8 (1B, TL;DR), Table 9 (7B, UltraChat)
     "BASH training": ((4.4, 28), (75, 36)),
     "BASH data generation": ((0.9, 17), (370, 22)),
-    "SCS": ((20.8, 35), (3600, 46)),  # the 3600 are "more than"
+    "SCS, token by token": ((20.8, 35), (3600, 46)),  # the 3600 are "more than"
 }
 
 

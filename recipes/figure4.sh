@@ -5,7 +5,7 @@
 #     NPROC=8 bash recipes/figure4.sh           SMALL=1 [DATA=folder] bash recipes/figure4.sh
 #
 # Model           HuggingFaceH4/mistral-7b-sft-beta
-# Data            HuggingFaceH4/ultrachat_200k, 50,000 prompts at random, first turn of each dialogue
+# Data            HuggingFaceH4/ultrachat_200k, 50,000 prompts at random, first turn of each dialogue (as SPIN)
 # Table 5         bfloat16, AdamW, lr 5e-6, warm-up 10 %, cosine, global batch 512; 2 iterations of [1, 2] epochs, beta 0.2
 # Measured        LC win rate by alpaca_eval, three generations
 # Paper           no numbers but those of Table 2; SFT rises, then drops at epoch 3; BASH and RAC rise at each and lie above

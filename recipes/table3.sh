@@ -12,7 +12,8 @@
 # Paper           GSM8K: SFT 56.76±0.09, NEFTune 55.85±0.38, SPIN 46.31±0.97, BASH 60.22±0.31, RAC 59.41±0.73
 #                 MATH:  SFT 13.11±0.12, NEFTune 12.13±0.03, SPIN  6.85±0.08, BASH 14.59±0.09, RAC 13.75±0.17
 # Hardware, time  the paper's machine is 8 x A6000 (48 GB); estimate, from the step times of its Table 9: 8 hours
-# Chosen here     - SFT takes 2 epochs (section 4.2.3; Table 5 says 1), and so does NEFTune.
+# Chosen here     - MATH's answers are compared by value (docs/evaluate.md), where the paper has a strict match.
+#                 - SFT takes 2 epochs (section 4.2.3; Table 5 says 1), and so does NEFTune.
 #                 - SPIN takes its own code's lr 5e-7, batch 64 and beta 0.1, and 1 epoch as 4.2.3 says (3 in that code).
 #                 - One training seed: the paper's ± is over three generations of one model. SEEDS="1 2 3" trains more.
 . "$(dirname "$0")/common.sh"

@@ -20,7 +20,7 @@ epochs, ...) it draws each metric over x, a line a --name, the mean ± standard 
 
 `distance` reads what `generate.py --n 256 --temperature 1` wrote, embeds responses and references, and draws a violin
 of 1 - cosine similarity for each query and file; the box inside shows minimum, quartiles, median and maximum. (The
-paper does not say which distance and embedding it takes.)
+paper names that embedding, and not the distance.)
 """
 
 from __future__ import annotations
