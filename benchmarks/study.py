@@ -175,6 +175,8 @@ FACTORS = {  # in the order in which they run
         Cell("rac-4", "rac", "--iterations 4", steps=96 // 4),
         Cell("rac-4-start", "rac", "--iterations 4 --labels-from start", steps=96 // 4),
         Cell("rac-4-plausible-0.01", "rac", "--iterations 4 --plausible 0.01", steps=96 // 4),
+        Cell("bash-refresh", "bash", f"--refresh-every {96 // 4}"),
+        Cell("rac-refresh", "rac", f"--refresh-every {96 // 4}"),
     ],
     "preferences": [
         Cell(f"{m}-beta{b:g}", m, f"--beta {b:g}", lr=lr)
