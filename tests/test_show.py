@@ -39,7 +39,21 @@ def folder(tmp_path: Path, words=HOSTILE, rows: list[dict] | None = None) -> Nam
     ]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "D_r_1")
     given = {"d_r": str(tmp_path / "D_r_1"), "model": str(tmp_path / "model"), "out": str(tmp_path / "p.html")}
-    return Namespace(**given, limit=200, terminal=0)
+    return Namespace(**given, limit=200, terminal=0, sheet=None)
+
+
+def test_a_sheet_of_single_corrections(tmp_path):
+    """One of a row, among those that are there; a bar or a newline does not break the table."""
+    args = folder(tmp_path, ["|", "<b>"])
+    args.out, args.sheet = None, str(tmp_path / "deep" / "sheet.md")
+    corrections.corrections(args)
+    head, line, *rows = (tmp_path / "deep" / "sheet.md").read_text().splitlines()
+    assert head == "| row | z so far | z → z̄ | reference | verdict |" and line.count("|") == 6
+    assert rows[0] == "| 1 | 3 |  5 →  4 | 3 4 <eos> | |"
+    assert len(rows) == 2 and rows[1].startswith("| 2 | ") and rows[1].replace("\\|", "").count("|") == 6
+    again = (tmp_path / "deep" / "sheet.md").read_text()
+    corrections.corrections(args)
+    assert (tmp_path / "deep" / "sheet.md").read_text() == again
 
 
 class Outline(html.parser.HTMLParser):
@@ -183,7 +197,7 @@ def command(monkeypatch, capsys, *words: object) -> str:
 def test_corrections_bad_input(tmp_path, monkeypatch, capsys):
     args = folder(tmp_path)
     given = ("corrections", args.d_r, "--model", args.model)
-    assert "give --out PAGE.html, --terminal N or both" in command(monkeypatch, capsys, *given)
+    assert "give --out PAGE.html, --terminal N or --sheet FILE.md" in command(monkeypatch, capsys, *given)
     missing = command(monkeypatch, capsys, "corrections", tmp_path / "no", "--model", args.model, "--terminal", 1)
     assert f"error: {tmp_path}/no: not a folder written by" in missing
     assert "no such folder" in command(monkeypatch, capsys, *given[:3], tmp_path / "no", "--terminal", 1)

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import html
 import os
+import random
 import sys
 import unicodedata
 from pathlib import Path
@@ -15,6 +16,7 @@ from core.fsdp import load_tokenizer
 from core.ranks import print0
 from folders import read_pairs
 
+SHEET = 50  # corrections on a sheet
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --fore: #1a1a1a; --soft: #595959; --line: #c8c8c8; --box: #f5f5f5;
         --del: #8a1c1c; --del-back: #fbe3e3; --ins: #14532d; --ins-back: #dff3e4; }
@@ -189,10 +191,38 @@ def has_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def sheet(rows: list[dict], tokenizer) -> str:
+    """A Markdown table of single corrections, one of each of SHEET rows at random, with a column to judge them in."""
+    draw = random.Random(0)
+    rows = [row for row in rows if row["z"] != row["z_bar"]]
+    chosen = sorted(draw.sample(range(len(rows)), min(SHEET, len(rows))))
+
+    def cell(text: str) -> str:
+        return visible(text).replace("\n", "⏎").replace("|", "\\|")
+
+    lines = ["| row | z so far | z → z̄ | reference | verdict |", "|---:|---|---|---|---|"]
+    for row in (rows[i] for i in chosen):
+        z, z_bar = row["z"], row["z_bar"]
+        j = draw.choice([j for j in range(len(z)) if z[j] != z_bar[j]])
+        before = "…" * (j > 30) + tokenizer.decode(z[max(0, j - 30) : j], clean_up_tokenization_spaces=False)
+        own, label = (blank(piece(tokenizer, z[:j], token)) for token in (z[j], z_bar[j]))
+        y = tokenizer.decode(row["y"], clean_up_tokenization_spaces=False)
+        lines.append(f"| {row['id']} | {cell(before)} | {cell(own)} → {cell(label)} | {cell(y)} | |")
+    return "\n".join(lines) + "\n"
+
+
+def write(flag: str, path: str, text: str) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"{flag} {path} cannot be written ({error.strerror})") from None
+
+
 def corrections(args: argparse.Namespace) -> None:
-    """The page and the terminal view of a D_r."""
-    if not args.out and not args.terminal:
-        raise ValueError("nothing to do: give --out PAGE.html, --terminal N or both")
+    """The page, the terminal view and the sheet of a D_r."""
+    if not args.out and not args.terminal and not args.sheet:
+        raise ValueError("nothing to do: give --out PAGE.html, --terminal N or --sheet FILE.md")
     tokenizer = load_tokenizer(args.model)
     try:
         d_r = read_pairs(args.d_r, ("z", "z_bar"), tokenizer)
@@ -200,15 +230,13 @@ def corrections(args: argparse.Namespace) -> None:
         raise ValueError(str(error).replace("--pairs ", "", 1)) from None
     numbers = counts(d_r)
     rows = [{"id": i, **row} for i, row in enumerate(d_r.select(range(min(len(d_r), max(args.limit, args.terminal)))))]
+    if args.sheet:
+        write("--sheet", args.sheet, sheet([{"id": i, **row} for i, row in enumerate(d_r)], tokenizer))
     if args.out:
         some = rows[: args.limit]
         numbers |= {"On this page": f"the first {len(some):,} rows (--limit)"} if len(some) < len(d_r) else {}
         text = page(f"Corrections in {'/'.join(Path(args.d_r).parts[-2:])}", numbers, some, tokenizer)
-        try:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OSError(f"--out {args.out} cannot be written ({error.strerror})") from None
+        write("--out", args.out, text)
         print0(f"{len(some)} rows: {args.out}")
     if args.terminal:
         print(", ".join(f"{name}: {value}" for name, value in counts(d_r).items()))

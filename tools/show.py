@@ -1,7 +1,7 @@
 """To look at: RAC's corrections as a page, training curves, accuracy over data or epochs, sentence distances.
 
     python tools/show.py corrections runs/rac/D_r_1 --model runs/rac --out corrections.html      # Figs. 1, 5 and 6
-    python tools/show.py corrections runs/rac/D_r_1 --model runs/rac --terminal 5
+    python tools/show.py corrections runs/rac/D_r_1 --model runs/rac --terminal 5 --sheet fifty.md
     python tools/show.py plots runs/sft runs/bash runs/rac --out plots                           # log.jsonl of each
     python tools/show.py plots runs/eval/*/results.json --x-label "training examples" --out plots      # Figs. 3, 4
     python tools/show.py pass-at-k runs/eval/*/results.json --temperature 1 --out plots
@@ -44,6 +44,7 @@ def main() -> None:
     p.add_argument("--out", help="the page, an .html file")
     p.add_argument("--limit", type=positive, default=200, help="rows on the page")
     p.add_argument("--terminal", type=count, default=0, help="print the first N rows")
+    p.add_argument("--sheet", help="a .md file: fifty single corrections in a table, to judge each")
     p = commands.add_parser("plots", help="training curves; metrics over data size or epochs", allow_abbrev=False)
     p.add_argument("runs", nargs="+", help="folders with a log.jsonl, or results.json files")
     p.add_argument("--out", required=True, help="a folder")
