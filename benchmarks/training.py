@@ -47,6 +47,7 @@ import tiny
 from core import fsdp, packed, ranks
 from sft import sft_loss
 
+ROOT = Path(__file__).resolve().parents[1]
 PEERS = {  # side: settings beyond the defaults
     "TRL, defaults": {},
     "TRL, no checkpointing": {"gradient_checkpointing": False},
@@ -195,7 +196,7 @@ def main() -> None:
     p.add_argument("--results", help="default: results/training.json, of --packed results/packed.json")
     p.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = p.parse_args()
-    args.results = args.results or f"results/{'packed' if args.packed else 'training'}.json"
+    args.results = args.results or str(ROOT / "results" / f"{'packed' if args.packed else 'training'}.json")
     ranks.init()
     if job := args.job:
         with tempfile.TemporaryDirectory() as out:

@@ -177,7 +177,13 @@ END
 # The task's files, and the small base model, where they are to be made. Sets ROWS and TEST.
 prepare() {
     if [ "$task" = toy ]; then
-        [ -e "$dir0/data" ] || "$PYTHON" toy.py data --out "$dir0/data" --train "$LIMIT" --test "$TEST_LIMIT"
+        local problems="--train $LIMIT --test $TEST_LIMIT"
+        [ ! -e "$dir0/data.flags" ] || [ "$(cat "$dir0/data.flags")" = "$problems" ] ||
+            die "$dir0 has the problems of $(cat "$dir0/data.flags"), not of $problems: choose another OUT"
+        [ -e "$dir0/data" ] || {
+            "$PYTHON" toy.py data --out "$dir0/data" $problems
+            echo "$problems" > "$dir0/data.flags"
+        }
         train_file=$dir0/data/train.jsonl test_file=$dir0/data/test.jsonl
     elif [ "$task" = ultrachat ] && [ -n "$DATA" ]; then # one file: its last 300 rows are the test set
         head -n -300 "$train_file" > "$dir0/train.jsonl"
@@ -268,24 +274,25 @@ alpaca() {
 }
 
 # SMALL has no preferences: the reference is preferred to the SFT model's own answer
-small_preferences() {
-    PREFERENCES=$dir/preferences.jsonl
-    [ -e "$PREFERENCES" ] && return
+small_preferences() { # sets pairs, of this seed
+    pairs=$dir/preferences.jsonl
+    [ -e "$pairs" ] && return
     [ -e "$dir/answers.jsonl" ] || logged "$dir/answers.log" "$task, seed $seed: rejected answers" run generate.py \
         --model "$sft" --task "$task" "${ROWS[@]}" "${SHAPE[@]}" --limit 100 --seed "$seed" --out "$dir/answers.jsonl"
-    "$PYTHON" - "$task" "$train_file" "$columns" "$dir/answers.jsonl" "$PREFERENCES" << 'END'
-import json, sys
+    "$PYTHON" - "$task" "$train_file" "$columns" "$dir/answers.jsonl" "$pairs" << 'END'
+import json, os, sys
 
 import data
 from core.rows import read
 
 task, path, columns, answers, out = sys.argv[1:]
 rows = {row["id"]: row for row in data.load_rows(task, path, "train", columns)}
-with open(out, "w", encoding="utf-8") as file:
+with open(out + ".partial", "w", encoding="utf-8") as file:
     for answer in read(answers):
         row, z = rows[answer["id"]], answer["responses"][0].strip()
         if z and z != row["response"].strip():
             file.write(json.dumps({"prompt": row["prompt"], "chosen": row["response"], "rejected": z}) + "\n")
+os.rename(out + ".partial", out)
 END
 }
 
@@ -335,15 +342,17 @@ print(hub.hf_hub_download("tatsu-lab/alpaca_eval", "alpaca_eval.json", repo_type
 }
 
 # begin_table, table [HEADING] [BASELINE], end_table WORDS...: OUT/RECIPE/table.md, and what is still to do
-begin_table() { printf '# %s\n\n%s\n' "$RECIPE${SMALL:+ (SMALL=1)}" "$*" > "$HERE/table.md"; }
+TABLE=$HERE/table.md.partial # until it is whole
+begin_table() { printf '# %s\n\n%s\n' "$RECIPE${SMALL:+ (SMALL=1)}" "$*" > "$TABLE"; }
 table() {
     local part=$HERE/table-$task${1:+-${1// /-}} baseline=()
     case " ${RESULTS[*]} " in *"/${2:-sft-more}/results.json "*) baseline=(--baseline "${2:-sft-more}") ;; esac
     "$PYTHON" evaluate.py table "${RESULTS[@]}" --out "$part" "${baseline[@]}" > /dev/null
-    { [ -z "${1:-}" ] || printf '\n## %s\n' "$1"; echo; cat "$part.md"; } >> "$HERE/table.md"
+    { [ -z "${1:-}" ] || printf '\n## %s\n' "$1"; echo; cat "$part.md"; } >> "$TABLE"
     RESULTS=()
 }
 end_table() {
+    mv "$TABLE" "$HERE/table.md"
     cat "$HERE/table.md"
     printf '\n%s\n' "This table: $HERE/table.md"
     for line; do echo "$line"; done

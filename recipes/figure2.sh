@@ -12,7 +12,7 @@
 # Hardware, time  the paper's machine is 8 x A6000 (48 GB); estimate: 1 hour beside Table 2
 # Chosen here     - Distance is 1 - cosine similarity; the paper does not say.
 #                 - Second iteration of each method; the paper does not say.
-#                 - Where sentence-transformers is not installed, cosine over word counts stands in, and the table says so.
+#                 - With SMALL, or without sentence-transformers, cosine over word counts stands in, and the table says so.
 . "$(dirname "$0")/common.sh"
 qa_settings
 paper N=256 GB=800
@@ -83,7 +83,7 @@ for seed in $SEEDS; do
             --temperature 0.7 --dtype "$DTYPE" --seed "$seed" --out "$out"
         answers+=("$name=$out")
     done
-    "$PYTHON" - "$results/distance" "${answers[@]}" << 'END' > "$results/distance.md" || die "the distances failed"
+    "$PYTHON" - "$SMALL" "$results/distance" "${answers[@]}" << 'END' > "$results/distance.md" || die "the distances failed"
 import argparse, collections, importlib.util, json, re, sys
 
 import numpy as np
@@ -102,8 +102,8 @@ def word_counts(texts):
 
 
 def main():
-    out, *files = sys.argv[1:]
-    real = importlib.util.find_spec("sentence_transformers")
+    small, out, *files = sys.argv[1:]  # small: nothing is asked of a hub
+    real = not small and importlib.util.find_spec("sentence_transformers")
     name = "sentence-transformers/all-mpnet-base-v2" if real else "word counts (pip install sentence-transformers)"
     distance(argparse.Namespace(files=files, rows=[], embedder=name, out=out), None if real else word_counts)
     medians = json.load(open(f"{out}/distance.json"))["medians"]
@@ -120,7 +120,7 @@ END
 done
 table "" sft-more-2
 for seed in $SEEDS; do
-    printf '\n## Distance, seed %s\n\n' "$seed" >> "$HERE/table.md"
-    cat "$HERE/$task/seed-$seed/distance.md" >> "$HERE/table.md"
+    printf '\n## Distance, seed %s\n\n' "$seed" >> "$TABLE"
+    cat "$HERE/$task/seed-$seed/distance.md" >> "$TABLE"
 done
 end_table "Violins: $HERE/$task/seed-*/distance"

@@ -32,7 +32,7 @@ for seed in $SEEDS; do
         fi
         part() { # part NAME STAGE.py EPOCHS FLAGS: for as many steps as the whole set took
             [ "$fraction" = 100 ] || ! wanted "$1" || more=(--max-steps "$(wc -l < "$whole/$1/log.jsonl")")
-            train "$1" "$2" --epochs $((($3 * 100 + fraction - 1) / fraction + (fraction < 100))) "${more[@]}" "${@:4}"
+            train "$1" "$2" --epochs $((fraction < 100 ? 1000 * $3 : $3)) "${more[@]}" "${@:4}" # --max-steps ends them
             measure "$1" --x "$fraction"
         }
         part sft sft.py "$SFT_EPOCHS" --model "$model" --lr "$SFT_LR"
@@ -45,7 +45,7 @@ all=("${RESULTS[@]}")
 begin_table "Equal steps for each part of the data; another part for each seed."
 for fraction in $FRACTIONS; do
     RESULTS=()
-    for file in "${all[@]}"; do case $file in */"$fraction"/*/results.json) RESULTS+=("$file") ;; esac; done
+    for file in "${all[@]}"; do case $file in */seed-*/"$fraction"/*/results.json) RESULTS+=("$file") ;; esac; done
     table "$fraction % of the data"
 done
 plots "% of the training data" "${all[@]}"

@@ -44,7 +44,7 @@ all=("${RESULTS[@]}")
 begin_table "Losses of the test set after each epoch; the win rates come from alpaca_eval."
 for epoch in 0 1 2 3; do
     RESULTS=()
-    for file in "${all[@]}"; do case $file in */"$epoch"/*/results.json) RESULTS+=("$file") ;; esac; done
+    for file in "${all[@]}"; do case $file in */seed-*/"$epoch"/*/results.json) RESULTS+=("$file") ;; esac; done
     table "epoch $epoch"
 done
 plots epochs "${all[@]}"

@@ -29,11 +29,11 @@ for seed in $SEEDS; do
     seed_is "$seed"
     qa_sft
     qa_methods
+    pairs=${PREFERENCES:-HuggingFaceH4/ultrafeedback_binarized} # the last --data counts
     if [ -n "$SMALL" ] && [ -z "$PREFERENCES" ]; then small_preferences; fi
     for name in sft sft-more bash rac; do
         start=$dir/$name-2
         [ "$name" != sft ] || start=$sft
-        pairs=${PREFERENCES:-HuggingFaceH4/ultrafeedback_binarized} # the last --data counts
         train "$name-dpo" dpo.py --model "$start" --data "$pairs" --columns '' --max-prompt 512 --max-response 0 \
             --max-length 1024 --epochs 1 --lr "$DPO_LR" --batch-size "$DPO_BATCH" --beta "$DPO_BETA"
         measure "$name" --model "$start"

@@ -21,17 +21,19 @@ paper TABLES="8 9" MODEL_8=EleutherAI/pythia-1b-deduped MODEL_9=mistralai/Mistra
 
 texts() { # texts FILE: prompts and responses of the task, for overhead.py to cut to its lengths
     if [ "$task" = toy ]; then
+        rm -rf "$1.toy" # of a call that was cut
         "$PYTHON" toy.py data --out "$1.toy" --train 400 && mv "$1.toy/train.jsonl" "$1"
     else
         "$PYTHON" - "$task" "$train_file" "$columns" "$1" << 'END'
-import json, sys
+import json, os, sys
 
 import data
 
 task, path, columns, out = sys.argv[1:]
 rows = data.load_rows(task, path or None, "train", columns, limit=2000)
-with open(out, "w", encoding="utf-8") as file:
+with open(out + ".partial", "w", encoding="utf-8") as file:
     file.writelines(json.dumps({"prompt": row["prompt"], "response": row["response"]}) + "\n" for row in rows)
+os.rename(out + ".partial", out)
 END
     fi
 }
@@ -46,7 +48,7 @@ measure_table() { # measure_table NUMBER MODEL FLAGS
     "$PYTHON" benchmarks/overhead.py --data "$file" ${2:+--model "$2"} "${@:3}" --dtype "$DTYPE" --steps "$STEPS" \
         --repeat "$REPEAT" --out "$HERE/model" --results "$HERE/overhead-$1.json" > "$HERE/overhead-$1.md" 2>> "$HERE/log" ||
         die "Table $1 failed, see $HERE/log"
-    { printf '\n## Table %s\n' "$1"; cat "$HERE/overhead-$1.md"; } >> "$HERE/table.md"
+    { printf '\n## Table %s\n' "$1"; cat "$HERE/overhead-$1.md"; } >> "$TABLE"
 }
 
 for table in $TABLES; do

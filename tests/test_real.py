@@ -99,8 +99,9 @@ def test_noise_keeps_the_places_and_takes_tokens_of_the_responses(d_s):
         changed += sum(a != b for a, b in zip(before["y_hat"], after["y_hat"]))
     assert changed > 100
     assert controls.noise(d_s, seed=0)["y_hat"][:] == made["y_hat"][:] != controls.noise(d_s, seed=1)["y_hat"][:]
-    # a row's noise is its own: not that of its place in the data
-    assert controls.noise(d_s.select(range(20)[::-1]), seed=0)[19]["y_hat"] != d_s[0]["y_hat"]
+    # a row's noise belongs to its id
+    twice = controls.noise(datasets.Dataset.from_list([d_s[0], d_s[0] | {"id": 1}, d_s[0]]), seed=0)["y_hat"][:]
+    assert twice[0] == twice[2] != twice[1]
     anywhere = controls.noise(d_s, seed=0, anywhere=True)
     assert [len(differ(row)) for row in anywhere] == [len(differ(row)) for row in d_s]
     assert sum(differ(a) == differ(b) for a, b in zip(anywhere, d_s)) < 3

@@ -135,7 +135,7 @@ def test_difficulty():
     numbers = {int(word) for row in rows for word in row["response"].split() if word.isdigit()}
     assert 900 < max(numbers) <= 999
     for row in rows:
-        sums.check_response(row["response"])
+        assert sums.has_sum(row["response"])
         for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", row["response"]):
             assert sums.add(a, sign, b) == int(c)
     assert len(sums.splits(9, 8, 7, top=99, operands=(20, 49))["train"]) == 9
@@ -148,28 +148,9 @@ def test_answer():
     assert sums.answer("a #### 31 <eos>") == "31" and sums.answer("#### <eos>") is None and sums.answer("31") is None
 
 
-def test_check_response():
-    for row in sums.problems(50, 1, arbitrary=True):
-        assert sums.is_sums(row["response"])
-    for wrong, reason in {
-        "": "end in `#### NUMBER`, not in ''",
-        Y.replace("#### ", ""): "must end in `#### NUMBER`, not in .*31 . 31'",
-        Y.replace("first buys", "first he buys"): "'first he buys .*' is not like 'first buys",
-        Y.replace("again 25 + 15 = 40", "again 25 + 15 = 39"): "'first buys .*' is not like",
-        Y.replace("amy has 25 .", ""): "'first buys .*' is not like 'amy has 25 .'",
-        Y.replace("second", "first"): "two sentences that begin alike",
-        "amy has 25 . #### 25": "no steps",
-    }.items():
-        assert not sums.is_sums(wrong)
-        with pytest.raises(ValueError, match=reason):
-            sums.check_response(wrong)
-
-
 def test_check_tokenizer():
     for kind in ("words", *KINDS):
-        sums.check_tokenizer(tokenizer(kind), [Y])
-    with pytest.raises(ValueError, match="cannot spell '41' .* 'amy <unk> .'"):
-        sums.check_tokenizer(toy.tokenizer(), ["41"])
+        sums.check_tokenizer(tokenizer(kind))
     with pytest.raises(ValueError, match="cuts the same number .* now so, now so"):
         sums.check_tokenizer(tokenizer("phrases"))
     lower = Tokenizer(models.WordPiece({"[UNK]": 0, ".": 1, "amy": 2}, unk_token="[UNK]"))
@@ -401,7 +382,7 @@ def test_words_without_their_spaces_are_read(kind):
     z = "amy has 25. first buys 14:25 + 14 = 38 ,"
     ids = ids_of(kind, z, eos=False)
     found = errors(kind, ids, sums.right_labels(tokenizer(kind), ids_of(kind, Y), ids))
-    assert list(found) == [3, 6, 7, 8, 10, 12] and found[12].endswith("14 = 3") or found[12].endswith("14 = 39")
+    assert list(found) == [3, 6, 7, 8, 10, 12] and found[12].endswith(("14 = 3", "14 = 39"))
 
 
 def test_a_token_that_cannot_be_written_is_not_asked_for():

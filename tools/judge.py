@@ -238,6 +238,9 @@ def summaries(path: Path, t: float | None, limit: int) -> tuple[list[dict], Path
             rows.append({"id": row.get("id", i), "post": post, "reference": reference, "responses": texts})
         if not rows:
             raise ValueError(f"{path}: no rows")
+        ids = [row["id"] for row in rows]
+        if not all(isinstance(own, int) for own in ids) or len({*ids}) < len(ids):
+            raise ValueError(f"{path}: id must be a whole number, and another one in each row")
         return rows[: limit or None], path.with_suffix(".verdicts.jsonl")
     try:
         flags = json.loads((path / "args.json").read_text())

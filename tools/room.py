@@ -38,7 +38,8 @@ def main() -> None:
             "that can be reached"
         ) from None
     place = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
-    gb, there = parameters / 1e9, sum(file.stat().st_size for file in args.out.rglob("*.safetensors")) / 1e9
+    made = [file for kind in ("safetensors", "distcp") for file in args.out.rglob(f"*.{kind}")]  # of a call before
+    gb, there = parameters / 1e9, sum(file.stat().st_size for file in made) / 1e9
     # float32 weights of each model, and three checkpoints of weights and moments of each that is in training
     disk, free = args.models * 4 * gb + args.at_once * 36 * gb - there, shutil.disk_usage(place).free / 1e9
     if disk > free:
