@@ -4,6 +4,7 @@
     {"id": 0, "responses": [[7, 4, 1], [8, 4]], "finish_reasons": ["stop", "length"]}
 
 A line of generate.py has texts as responses, to be read, and token_ids, which are what is learnt from.
+
 id is the row's, from 0 (`data.load_rows`). finish_reason is "stop" where the response ended by itself, "length" where
 it was cut: a text does not show that, token ids do by the token they end with. May be there: prompt (the question, its
 text as the model reads it, its token ids, or messages), which must be the row's; drawn_by, {"model", "weights",

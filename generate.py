@@ -377,8 +377,10 @@ def main() -> None:
     def draw(rows: dict, each: Callable[[int, Rows], None]) -> list[Rows]:
         return generate(model, rows["x"], ids=rows["id"], eos_token_id=ends(tokenizer), each=each, **options)
 
-    given = data.load_rows(args.task, args.data, args.split, args.columns, args.limit, need_response=False)
-    references = {row["id"]: row["response"] for row in given}  # whole, where y is cut
+    references = {}
+    if RANK == 0:  # whole, where y is cut
+        given = data.load_rows(args.task, args.data, args.split, args.columns, args.limit, need_response=False)
+        references = {row["id"]: row["response"] for row in given}
     made = offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, z=draw)
     if RANK == 0:
         partial = out.with_name(out.name + ".partial")
