@@ -564,7 +564,7 @@ def test_scores_for_other_rows(whole, tmp_path, change, message):
         ("--score s.jsonl", "--score is for samples that are there: draw them with --epochs 0, then give --pairs"),
         ("--pairs D --score s.jsonl --weights rlb", "--score has weights of its own, --weights others: choose"),
         ("--dco --pairs D", "--dco draws nothing: it takes no --pairs, --z, --score, --weights or --iterations"),
-        ("--dco --sft-weight 0.5", "--dco is one loss, of y alone: it takes no --temperature, --sft-weight or"),
+        ("--dco --sft-weight 0.5", "--dco is one loss, of y alone: it takes no --temperature, --n, --sft-weight or"),
         ("--pairs D --score s.jsonl --iterations 2", "--iterations 2 draws others: give --iterations 1"),
         ("--pairs D --iterations 2", "--pairs has weights for an N of its own, and --iterations draws anew: give --"),
         ("--weights sft --sft-weight 0.5", "--weights sft is half of a gradient, y's the other half: it takes no"),
