@@ -288,9 +288,8 @@ def distance(args: argparse.Namespace, embed: Embed | None = None) -> None:
     ids, out = [row["id"] for row in first[1]], Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     medians = {name: [statistics.median(values) for values in found] for name, found in groups.items()}
-    write_json(
-        out / "distance.json", {"embedder": args.embedder, "rows": ids, "medians": medians, "distances": groups}
-    )
+    name = Path(args.embedder).name if Path(args.embedder).is_dir() else args.embedder
+    write_json(out / "distance.json", {"embedder": name, "rows": ids, "medians": medians, "distances": groups})
     if len(ids) > 8:
         print0(f"{len(ids)} queries; the first 8 are drawn (--rows chooses), {out / 'distance.json'} has all")
     drawn = {name: found[:8] for name, found in groups.items()}
