@@ -177,7 +177,7 @@ def dco_phase(run: Run, examples: Dataset, best_of: int) -> None:
 def main() -> None:
     p = stage.parser(__doc__)
     paper, machine = group(p, "the paper's"), group(p, "machine")
-    paper.add_argument("--n", type=positive, default=16, help="samples drawn for each prompt")
+    paper.add_argument("--n", type=positive, default=bon_options.SAMPLES, help="samples drawn for each prompt")
     paper.add_argument("--best-of", type=positive, help="N (4; with --pairs, its weights unless given)")
     paper.add_argument("--iterations", type=count, default=1)
     paper.add_argument("--epochs-per-iteration", "--epochs", dest="epochs", type=number(0), default=1)

@@ -40,6 +40,7 @@ from evaluate import CHECKS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SAMPLES = 16  # of each prompt, unless --n says so
 FEW = 0.1  # share of prompts with a weight below which bon.py warns
 
 
@@ -55,7 +56,7 @@ def check_flags(args: argparse.Namespace, best_of: int) -> None:
     if args.dco:
         if args.pairs or args.z or args.score or args.iterations != 1 or args.weights != "unbiased":
             raise ValueError("--dco draws nothing: it takes no --pairs, --z, --score, --weights or --iterations")
-        if args.temperature != 1 or args.n != 16 or args.sft_weight != 1 or args.share_prompt:
+        if args.temperature != 1 or args.n != SAMPLES or args.sft_weight != 1 or args.share_prompt:
             told = "it takes no --temperature, --n, --sft-weight or --share-prompt"
             raise ValueError(f"--dco is one loss, of y alone: {told}")
         return

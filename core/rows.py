@@ -115,6 +115,14 @@ def numbered(rows: Iterable[dict], source: str, limit: int) -> Iterator[tuple[in
         raise ValueError(f"{source}: no rows")
 
 
+def ids_of(rows: list[dict], path: object) -> list[int]:
+    """The id of each row, by default its index. Raises ValueError where one is no whole number, or there twice."""
+    ids = [row.get("id", i) for i, row in enumerate(rows)]
+    if not all(isinstance(own, int) for own in ids) or len({*ids}) < len(ids):
+        raise ValueError(f"{path}: id must be a whole number, and another one in each row")
+    return ids
+
+
 def read_scores(what: str, path: str, samples: dict[int, int]) -> dict[int, list[float]]:
     """A verifier's scores from a file of {"id", "sample", "score"}, one for each of the samples: {id: how many} ->
     {id: their scores}. Raises ValueError where they are for other rows, or are not finite numbers."""

@@ -33,7 +33,7 @@ for word in "$@"; do
 done
 rows() { mkdir -p "$(dirname "$1")"; for i in 1 2 3; do echo '{"prompt": "a", "response": "b"}'; done > "$1"; }
 case $1 in
-    -) cat > /dev/null; case $last in *.jsonl) rows "$last" ;; esac ;;
+    -) cat > /dev/null; case $last in *=*) ;; *.jsonl) rows "$last" ;; esac ;; # NAME=FILE is one to read
     -c) echo "$LOG" ;;
     toy.py) mkdir -p "$out"; for split in train valid test; do rows "$out/$split.jsonl"; done ;;
     generate.py) rows "$out" ;;
@@ -89,7 +89,9 @@ def taken(tmp_path, monkeypatch):
 @pytest.mark.parametrize("small", ["1", ""])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_of_the_recipes(taken, recipe, small):
+    before = {*ROOT.iterdir()}
     assert taken(f"recipes/{recipe}", SMALL=small, SEEDS="1 2") > 1 or recipe == "table8.sh"
+    assert not [path for path in {*ROOT.iterdir()} - before if "=" in path.name]  # all that is made lies in OUT
 
 
 @pytest.mark.parametrize("task", ["toy", "real"])

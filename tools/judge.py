@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import data
 from core.flags import count, new_parser, number
 from core.ranks import cli, first_line, fold_in, print0
-from core.rows import read
+from core.rows import ids_of, read
 from folders import check_unchanged, write_json
 from tools.verdicts import Unanswered, answer_in, error_in, fault, preferred, to_the_letter
 
@@ -238,9 +238,7 @@ def summaries(path: Path, t: float | None, limit: int) -> tuple[list[dict], Path
             rows.append({"id": row.get("id", i), "post": post, "reference": reference, "responses": texts})
         if not rows:
             raise ValueError(f"{path}: no rows")
-        ids = [row["id"] for row in rows]
-        if not all(isinstance(own, int) for own in ids) or len({*ids}) < len(ids):
-            raise ValueError(f"{path}: id must be a whole number, and another one in each row")
+        ids_of(rows, path)
         return rows[: limit or None], path.with_suffix(".verdicts.jsonl")
     try:
         flags = json.loads((path / "args.json").read_text())

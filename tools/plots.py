@@ -14,7 +14,7 @@ import numpy as np
 
 from core.answers import optional
 from core.ranks import first_line, print0
-from core.rows import read
+from core.rows import ids_of, read
 from core.tables import SAME, mean_se, percent, read_results, title
 from folders import write_json
 
@@ -240,10 +240,7 @@ def responses(path: str, wanted: list[int]) -> list[dict]:
             raise ValueError(f"{path}, row {i}: responses must be a list of two texts or more (generate.py --n 256)")
         if not isinstance(row.get("reference"), str) or not row["reference"].strip():
             raise ValueError(f"{path}, row {i}: no reference")
-    ids = [row.get("id", i) for i, row in enumerate(rows)]
-    if not all(isinstance(own, int) for own in ids) or len({*ids}) < len(ids):
-        raise ValueError(f"{path}: id must be a whole number, and another one in each row")
-    by_id = dict(zip(ids, rows, strict=True))
+    by_id = dict(zip(ids_of(rows, path), rows, strict=True))
     missing = [i for i in wanted if i not in by_id]
     if missing or not rows:
         raise ValueError(f"{path}: no row {missing[0]} (--rows)" if missing else f"{path}: no rows")
