@@ -105,7 +105,10 @@ class File:
         if several == (row.get("response") is not None):
             raise ValueError(f"{where}: must have response, or a list of responses; there are {', '.join(row)}")
         found = row["responses"] if several else [row["response"]]
-        found = row["token_ids"] if several and row.get("token_ids") is not None else found
+        if several and row.get("token_ids") is not None:
+            found = row["token_ids"]
+            if not isinstance(found, list) or not all(isinstance(z, list) for z in found):
+                raise ValueError(f"{where}: token_ids must be a list with a list of ids for each response")
         marks = row.get("finish_reasons") if several else [row.get("finish_reason")]
         marks = [None] * len(found) if marks is None and isinstance(found, list) else marks
         if not isinstance(found, list) or not isinstance(marks, list) or len(found) != len(marks):
