@@ -58,7 +58,6 @@ import stage  # noqa: E402
 import tiny  # noqa: E402
 from bash import bash_loss  # noqa: E402
 from core import decode_step, fsdp, ranks  # noqa: E402
-from scs import scs_loss  # noqa: E402
 from sft import sft_loss  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -70,7 +69,7 @@ SIZES = {
         "neox": {"width": 2048, "layers": 16, "heads": 8, "vocab": 50304},
         "mistral": {"width": 4096, "layers": 0, "heads": 32, "vocab": 32000},  # 0: as many as fit
         "tldr": (512, 53), "even": (400, 400), "short": (400, 50), "ultrachat": (1024, 1024),
-        "batch": 16, "micro": 8, "long_batch": 4, "long_micro": 2, "steps": 4,
+        "batch": 16, "micro": 16, "long_batch": 4, "long_micro": 2, "steps": 4,
         "decode": {"prompts": 192, "prompt": (500, 500), "response": (8, 128), "batch": 64, "repeat": 1},
         "checks": (1, 4, 16), "windows": (128, 512, 1024, 2048, 4096), "archs": 5,
     },
@@ -363,20 +362,24 @@ def adapter(prompts: list, ys: list) -> dict:
 def joint(found: Found, size: dict, args: argparse.Namespace) -> None:
     sides = list(overhead.SIDES)[:6]  # all but "token by token" with the SFT loss, and the one without a cache
     layers = fitting_layers(size["mistral"], size["long_micro"] * 2 * sum(size["ultrachat"]))
-    packed = ["packed"] if importlib.util.find_spec("core.packed") else []
-    layouts = ["one pass", "--share-prompt", *packed]
     long = [side for side in sides[:5] if "token by token" not in side]  # a thousand steps would take what is left
-    plans = [("1B", "tldr", sides, layouts), ("1B", "even", [], layouts), ("7B", "ultrachat", long, layouts)]
-    if CUDA:  # last: compiling takes a minute
-        compiled = ["one pass, compile", "--share-prompt, compile", *(f"{name}, compile" for name in packed)]
-        plans += [("1B", lengths, [], compiled) for lengths in ("tldr", "even")]
+    both = ("tldr", "even")
+    compiled = ["one pass, compile"] if CUDA else []
+    slow = ["packed", *(f"{layout}, compile" for layout in ("--share-prompt", "packed") if CUDA)]
+    plans = [("1B", "tldr", sides, ["one pass"]), ("1B", "even", [], ["one pass"])]
+    plans += [("1B", lengths, [], compiled) for lengths in both]  # compiled once for both
+    plans += [("7B", "ultrachat", long, [])]
+    plans += [("1B", lengths, [], ["--share-prompt"]) for lengths in both]
+    plans += [("1B", lengths, [], [layout]) for layout in slow for lengths in both]
+    models: dict[tuple[str, str], torch.nn.Module] = {}  # one at a time
     for plan in plans:
-        steps(found, size, args.sure, layers, *plan)
+        steps(found, size, args.sure, layers, models, *plan)
 
 
 def steps(
-    found: Found, size: dict, sure: float, most: int, name: str, lengths: str, some: list[str], layouts: list[str]
-) -> None:
+    found: Found, size: dict, sure: float, most: int, models: dict, name: str, lengths: str, some: list[str],
+    layouts: list[str],
+) -> None:  # fmt: skip
     """Steps of one shape: the sides `some` of overhead.py, and the joint step in some layouts."""
     long = "long_" if name == "7B" else ""
     kind = "mistral" if long else "neox"
@@ -399,16 +402,14 @@ def steps(
             row["mfu"] = row["tflops"] * 1e12 / sheet(0) if sheet(0) else None
         return row
 
-    models: dict[str, torch.nn.Module] = {}  # one at a time
-
     def make(how: str) -> torch.nn.Module:
-        if how not in models:
+        if (name, how) not in models:
             models.clear()
-            models[how] = new_model(config, sure, how)
+            models[name, how] = new_model(config, sure, how)
             if CUDA and not how:  # the draw finds out what its passes cost there
                 with tempfile.TemporaryDirectory() as out:
-                    overhead.measure({**job, "make": lambda: models[how], "side": "BASH data generation"}, out)
-        return models[how]
+                    overhead.measure({**job, "make": lambda: models[name, how], "side": "BASH data generation"}, out)
+        return models[name, how]
 
     for side in some:
         terms = ("y",) * len(overhead.SIDES[side][1]) if overhead.SIDES[side][0] is None else ()
@@ -420,7 +421,7 @@ def steps(
         side = "--" * ("-" in layout or "packed" in layout) + layout.removeprefix("--").partition(",")[0]
         some = job | {"joint": True, "make": functools.partial(make, how)}
         run = functools.partial(training.ours, side, some, rows[:batch])
-        shared = layout != "one pass"
+        shared = "one pass" not in layout
         found.row(f"{name} {lengths}: joint, {layout}", functools.partial(measure, run, ("y", "y_hat"), shared))
 
 
@@ -526,18 +527,24 @@ def sft(found: Found, size: dict, args: argparse.Namespace) -> None:
     has_trl = importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")
     if not has_trl:
         found.row("TRL", lambda: {"failed": "trl and datasets are not installed (see WHEELS in benchmarks/gpu.sh)"})
-    sides = [("ours", "ours"), ("ours, --packed", "--packed")]
-    sides += [(side, side) for side in training.PEERS if has_trl or "TRL" not in side]
-    sides += [(f"joint, {side}", side) for side in training.JOINT]
+    training.PEERS["TRL, no checkpointing, torch_compile"] = {"gradient_checkpointing": False, "torch_compile": True}
+    peers = [side for side in training.PEERS if has_trl or "TRL" not in side]
+    slow = [side for side in peers if "compile" in side] if CUDA else []
+    sides = [("ours", "ours"), *([("ours, compile", "ours")] if CUDA else [])]
+    sides += [(side, side) for side in peers if "compile" not in side]
+    sides += [(f"joint, {side}", side) for side in ("one pass", "--share-prompt", "two passes")]
+    sides += [("ours, --packed", "--packed"), ("joint, --packed", "--packed"), *zip(slow, slow)]
     if args.size == "tiny":
         sides = [("ours", "ours"), ("joint, --share-prompt", "--share-prompt")]
     for name, side in sides:
         peer = side in training.PEERS
-        make = functools.partial(new_model, config, args.sure, "plain" if peer else "")
+        how = "plain" if peer else "compile" if "compile" in name else ""
+        make = functools.partial(new_model, config, args.sure, how)
         job = {"make": make, "tokenizer": tiny.word_tokenizer(), "dtype": training.FLOAT, "folder": "."}
         job |= {"micro_batch_size": size["batch"], "steps": size["steps"], "joint": "joint" in name}
 
         def measure(side: str = side, peer: bool = peer, job: dict = job) -> dict:
+            torch.backends.cuda.enable_cudnn_sdp(peer)  # theirs is torch's choice
             with tempfile.TemporaryDirectory() as out:
                 result = (training.theirs if peer else training.ours)(side, job, rows, out)
             times = [b - a for a, b in zip(result["stamps"], result["stamps"][1:])]
@@ -547,47 +554,66 @@ def sft(found: Found, size: dict, args: argparse.Namespace) -> None:
 
         found.row(name, measure)
 
+    def ragged(cudnn: bool) -> dict:
+        """Steps each of which has other lengths than those before."""
+        job = {"made": training.make_rows(8 * size["batch"], config.vocab_size, *size["short"], ragged=0.5)}
+        job |= {"tokenizer": tiny.word_tokenizer(), "dtype": training.FLOAT, "folder": ".", "share_prompt": False}
+        job |= {"batch_size": size["batch"], "micro_batch_size": size["batch"], "beta": 0.0, "side": "SFT training"}
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        try:
+            with tempfile.TemporaryDirectory() as out:
+                stamps = overhead.measure(job | {"make": lambda: new_model(config, args.sure)}, out)["stamps"]
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        times = [b - a for a, b in zip(stamps, stamps[1:])][1:]
+        return {"seconds": statistics.median(times), "mean": statistics.mean(times), "most": max(times)}
+
+    for name, cudnn in (("ours, new lengths", False), ("ours, new lengths, cuDNN's attention", True)):
+        found.row(name, functools.partial(ragged, cudnn))
+
 
 # ---------------------------------------------------------------------------------------------- 6. profile
 def profile(found: Found, size: dict, args: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    config = new_config("neox", size["neox"])
+    config, plan = new_config("neox", size["neox"]), size["decode"]
     prompt, response = size["tldr"]
-    rows = text_rows(size["batch"], config.vocab_size, prompt, response)
+    rows = text_rows(max(size["batch"], plan["batch"]), config.vocab_size, prompt, response)
     x, y, y_hat = ([row[name] for row in rows[: size["micro"]]] for name in ("x", "y", "y_hat"))
     model = new_model(config, args.sure)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
-    def train() -> None:
+    def train(shared: bool) -> None:
         terms = {"bash": (bash_loss, y_hat, y), "sft": (sft_loss, y, y)}
-        (sum(batches.losses(model, x, terms, share_prompt=True).values()) / sum(map(len, y))).backward()
-        model.zero_grad(set_to_none=True)
+        (sum(batches.losses(model, x, terms, share_prompt=shared).values()) / sum(map(len, y))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def online() -> None:
         with fsdp.inference(model):
-            g = generate.mix(model, x, y, beta=0.2)
-        (batches.losses(model, x, {"scs": (scs_loss, g, y)})["scs"] / sum(map(len, y))).backward()
-        model.zero_grad(set_to_none=True)
+            generate.mix(model, x, y, beta=0.2)
 
-    def decode(fixed: bool) -> None:
+    def decode() -> None:
         with fsdp.inference(model):
-            generate.generate(model, x, max_new_tokens=16, eos_token_id=None, fixed=fixed)
+            some = [row["x"] for row in rows[: plan["batch"]]]
+            generate.generate(model, some, max_new_tokens=32, eos_token_id=None, batch_size=plan["batch"])
 
-    kinds = {"joint step, shared prompt": train, "SCS step, drawn by passes": online}
-    kinds |= {
-        f"16 tokens, {name}": functools.partial(decode, how) for name, how in (("fixed", True), ("leaving", False))
-    }
+    kinds = {"joint step": functools.partial(train, False), "joint step, shared prompt": functools.partial(train, True)}
+    kinds |= {"the draw of an SCS step": online, f"32 tokens of {plan['batch']} rows": decode}
     for name, work in kinds.items():
 
         def measure(work: Callable[[], None] = work) -> dict:
+            work()
             work()
             seconds = timed(work)
             with profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]) as p:
                 work()
                 wait()
             key = "self_device_time_total" if CUDA else "self_cpu_time_total"
-            events = sorted(p.key_averages(), key=lambda event: -getattr(event, key))
+            events = [e for e in p.key_averages() if not CUDA or e.device_type == torch.autograd.DeviceType.CUDA]
+            events.sort(key=lambda event: -getattr(event, key))
             total = sum(getattr(event, key) for event in events)
             lines = [[e.key[:90], round(getattr(e, key) / 1000, 3), e.count] for e in events[:10]]
             return {"seconds": seconds, "device_ms": total / 1000, "top: what, ms, calls": lines}
@@ -603,7 +629,7 @@ def load(paths: list[str]) -> dict[str, dict]:
         data = json.loads(Path(path).read_text())
         part = data.get("about", {}).get("part")
         if part:
-            parts[part] = {"about": data["about"]}
+            parts.setdefault(part, {})["about"] = data["about"]  # of a part in two files, rows of both
             for row in data["rows"]:  # of one that failed in the end, what it had measured stays
                 if "failed" not in row or row["name"] not in parts[part]:
                     parts[part][row["name"]] = row
@@ -629,7 +655,7 @@ def targets(parts: dict[str, dict]) -> list[tuple[str, str, float | None]]:
     mfu = {lengths: best("joint", some, "mfu", max) for lengths, some in names.items()}
     varied = parts.get("decoding", {}).get("varied lengths", {}).get("time_over_generate", {})
     peers = [value for name, value in varied.items() if name in ("dynamic", "static")]
-    ours, shared = ["ours", "ours, --packed"], ["joint, --share-prompt", "joint, --packed"]
+    ours, shared = ["ours", "ours, --packed", "ours, compile"], ["joint, --share-prompt", "joint, --packed"]
     trl = [name for name in training.PEERS if "TRL" in name]
     step = lambda shape, side, key: get("joint", f"{shape}: {side}", key)  # noqa: E731
     scs = {s: over(step(s, "SCS", "seconds"), step(s, "BASH training", "seconds")) for s in ("1B tldr", "7B ultrachat")}

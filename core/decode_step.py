@@ -6,9 +6,9 @@ be recorded as a CUDA graph, and replayed without Python; the host looks at what
 drops what was drawn past the end.
 
         Fixed      columns  0    1    2    3    4    5  |  …    a slot begins in column 0, and each writes the
-        slot 0              x^1  x^2  y^1  y^2  y^3  .  |       next token into a column of its own. The mask,
-        slot 1              x^1  x^2  x^3  x^4  y^1  .  |       sliding windows included, is made from lengths
-        slot 2 (free)       what was there, masked out  |       alone. In use are `rows` slots and `columns` columns
+        slot 0              x^1  x^2  y^1  y^2  y^3  .  |       next token into a column of its own. Attention reads
+        slot 1              x^1  x^2  x^3  x^4  y^1  .  |       a slot's own columns (core/attend.py), which follow
+        slot 2 (free)       what was there, not read    |       from lengths alone. In use are the first `rows` slots
 
 Both draw the same tokens (in float32; tests/test_fixed.py). Needs torch, transformers and core/kv_cache.py.
 """
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from core import attend
 from core.kv_cache import Columns, Slots, join, keep_rows
 
 if TYPE_CHECKING:
@@ -37,11 +38,33 @@ Pick = Callable[[Tensor, Tensor], Tensor]  # logits [N, V], noise keys [N] -> to
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
+def sharded(model: PreTrainedModel) -> bool:
+    """Whether a pass gathers weights: they are in pieces (inside of fsdp.inference only with --lock-step)."""
+    return getattr(model, "lock_step", False) or any(hasattr(p, "placements") for p in model.parameters())
+
+
+@contextmanager
+def bare(model: PreTrainedModel) -> Iterator[None]:
+    """Without FSDP's hooks, where the weights are whole: they would cost time in each pass, and wait for streams, which
+    a graph cannot record."""
+    kept = [(m, name, getattr(m, name)) for m in model.modules() for name in ("_forward_pre_hooks", "_forward_hooks")]
+    kept = [] if sharded(model) else [(m, name, hooks) for m, name, hooks in kept if hooks]
+    try:
+        for m, name, hooks in kept:
+            its = lambda hook: "fsdp" in type(getattr(hook, "__self__", None)).__module__  # noqa: E731
+            setattr(m, name, type(hooks)((key, hook) for key, hook in hooks.items() if not its(hook)))
+        yield
+    finally:
+        for m, name, hooks in kept:
+            setattr(m, name, hooks)
+
+
 @contextmanager
 def decoding(model: PreTrainedModel, stats: dict | None) -> Iterator[torch.device]:
     """eval mode (in train mode gradient checkpointing turns the cache off) and no_grad inside; all flags restored.
 
-    no_grad, not inference_mode, so that it also runs inside FSDP. Counts forwards and tokens fed into `stats`.
+    no_grad, not inference_mode, so that it also runs inside FSDP; without its hooks, where it can. Counts forwards and
+    tokens fed into `stats`.
     """
     modes = [(module, module.training) for module in model.modules()]
     stats = {} if stats is None else stats
@@ -50,15 +73,15 @@ def decoding(model: PreTrainedModel, stats: dict | None) -> Iterator[torch.devic
         stats["forwards"] = stats.get("forwards", 0) + 1
         stats["columns"] = stats.get("columns", 0) + kwargs["input_ids"].numel()
 
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)
     model.eval()
-    try:
-        with torch.no_grad():
+    with bare(model), torch.no_grad():
+        hook = model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
             yield next(model.parameters()).device
-    finally:
-        hook.remove()
-        for module, training in modes:
-            module.training = training
+        finally:
+            hook.remove()
+            for module, training in modes:
+                module.training = training
 
 
 def pad(rows: Rows, device: torch.device, left: bool) -> tuple[Tensor, Tensor]:
@@ -192,8 +215,7 @@ class Leaving:
 # ------------------------------------------------------------------------------------------------ rows: of fixed shapes
 
 CHECK = 4  # tokens between two looks at what is finished: a row that ends sooner is drawn on, for nothing
-STEP = 128  # the columns in use are a multiple of this: each new number of them is a graph to record
-GROW = 512  # ... and the buffers grow by so many
+GROW = 512  # columns by which the buffers grow: then all graphs are recorded anew
 CHECKED = ("gpt_neox", "llama", "mistral", "gpt2", "qwen2", "qwen3", "gemma")  # architectures, tests/test_fixed.py
 
 
@@ -209,7 +231,9 @@ def why_not_fixed(model: PreTrainedModel) -> str:
     rope = getattr(config, "rope_parameters", None) or {}
     if any("dynamic" in str(part) or "longrope" in str(part) for part in (rope, *rope.values())):
         return "this model's rotary angles change with the length"
-    if getattr(model, "lock_step", False) or any(hasattr(p, "placements") for p in model.parameters()):
+    if model.device.type == attend.KIND and not attend.usable:
+        return "fixed shapes need Triton on a GPU"
+    if sharded(model):
         return "the model is sharded while it decodes (--lock-step)"
     return ""
 
@@ -221,22 +245,6 @@ def fixed_shapes(model: PreTrainedModel, device: torch.device, asked: bool | Non
     if asked and (why := why_not_fixed(model)):
         raise ValueError(f"fixed=True: {why}")
     return asked
-
-
-@contextmanager
-def bare(model: PreTrainedModel) -> Iterator[None]:
-    """Without FSDP's hooks, which would gather weights (why_not_fixed: they are whole) and, doing so, wait for streams
-    that a graph cannot record."""
-    kept = [(m, name, getattr(m, name)) for m in model.modules() for name in ("_forward_pre_hooks", "_forward_hooks")]
-    kept = [(m, name, hooks) for m, name, hooks in kept if hooks]
-    try:
-        for m, name, hooks in kept:
-            its = lambda hook: "fsdp" in type(getattr(hook, "__self__", None)).__module__  # noqa: E731
-            setattr(m, name, type(hooks)((key, hook) for key, hook in hooks.items() if not its(hook)))
-        yield
-    finally:
-        for m, name, hooks in kept:
-            setattr(m, name, hooks)
 
 
 def can_record(device: torch.device) -> bool:
@@ -274,7 +282,7 @@ class Fixed:
         self.device, self.size = ends.device, slots
         self.slots: list[Hashable | None] = [None] * slots  # the row in each
         self.asked, self.have = [0] * slots, [0] * slots  # tokens of its prompt, and drawn, at the last look
-        self.rows = self.columns = self.room = 0  # slots and columns in use; columns of the buffers
+        self.rows = self.room = 0  # slots in use, columns of the buffers
         new = functools.partial(torch.zeros, slots, dtype=torch.int64, device=self.device)
         self.number = torch.arange(slots, device=self.device)
         self.length, self.drawn, self.z = new(), new(), new()  # [slots]: tokens cached, tokens drawn, the last of them
@@ -313,11 +321,9 @@ class Fixed:
         self.close_up()
         live = self.live()
         steps = min(CHECK, self.most - min(self.have[slot] for slot in live))
-        longest = max(self.asked[slot] + self.have[slot] for slot in live) + steps
-        self.columns = -(-longest // STEP) * STEP
-        self.reserve(self.columns)
+        self.reserve(max(self.asked[slot] + self.have[slot] for slot in live) + steps)
         for layer in self.cache.layers:
-            layer.rows, layer.end = self.rows, self.columns
+            layer.rows, layer.end = self.rows, self.room
             layer.row, layer.at = self.number[: self.rows], self.length[: self.rows]
         for _ in range(steps):
             if self.looks:
@@ -354,39 +360,36 @@ class Fixed:
     def feed(self) -> None:
         """The logits after z, and its keys and values in column `length` of its slot."""
         length, done, z = (t[: self.rows] for t in (self.length, self.done, self.z))
-        column = torch.arange(self.columns, device=self.device)  # [columns]
-        seen = column <= length[:, None]  # [rows, columns]
-        masks = {"full_attention": seen[:, None, None]}  # [rows, 1, 1, columns]
+        bounds = torch.stack([torch.zeros_like(length), length], 1)[:, None, None]  # [rows, 1, 1, 2]
+        masks = {"full_attention": bounds}
         config = self.model.config.get_text_config()
         if window := getattr(config, "sliding_window", None):
-            masks["sliding_attention"] = (seen & (column > length[:, None] - window))[:, None, None]
+            first = (length - window + 1).clamp(min=0)
+            masks["sliding_attention"] = torch.stack([first, length], 1)[:, None, None]
         kinds = {*(getattr(config, "layer_types", None) or [[*masks][-1]])}
         mask = masks[kinds.pop()] if len(kinds) == 1 else masks  # layers that differ get theirs by name
-        self.logits[: self.rows] = call(self.model, z[:, None], mask, length[:, None], self.cache)
+        with attend.over_slots(self.model):
+            self.logits[: self.rows] = call(self.model, z[:, None], mask, length[:, None], self.cache)
         length += ~done
 
     # what a graph needs
 
     def run(self, work: Callable[[], None]) -> None:
-        """work(), and from its second call with these shapes on, as a graph."""
-        key = (self.rows, self.columns)
+        """work(), and from its second call with so many rows on, as a graph."""
         if not self.in_graph:
-            with bare(self.model):
-                work()
-        elif key not in self.graphs:  # as it is: what is set up at a first use must not be recorded
-            self.graphs[key] = None
-            with bare(self.model):
-                on_side_stream(work)
+            work()
+        elif self.rows not in self.graphs:  # as it is: what is set up at a first use must not be recorded
+            self.graphs[self.rows] = None
+            on_side_stream(work)
         else:
-            replay = self.graphs[key] or self.record(work)
+            replay = self.graphs[self.rows] or self.record(work)
             replay()
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What replays work() at these shapes, and counts."""
         stats, before, rows = self.stats, dict(self.stats), self.rows
         try:
-            with bare(self.model):
-                replay, self.pool = record(work, self.pool)
+            replay, self.pool = record(work, self.pool)
         except RuntimeError as error:
             self.in_graph = False
             reason = str(error).strip().splitlines()[0]
@@ -400,11 +403,11 @@ class Fixed:
             stats["forwards"] += 1
             stats["columns"] += rows
 
-        self.graphs[(self.rows, self.columns)] = counted
+        self.graphs[self.rows] = counted
         return counted
 
     def forget_graphs(self) -> None:
-        self.graphs: dict[tuple[int, int], Callable | None] = {}  # by rows and columns in use
+        self.graphs: dict[int, Callable | None] = {}  # by rows in use
         self.pool = None
 
     # the shapes
@@ -437,7 +440,7 @@ class Fixed:
     def reserve(self, columns: int) -> None:
         """Buffers of at least so many columns."""
         if columns > self.room:
-            self.room = -(-columns // STEP) * STEP if not self.room else -(-columns // GROW) * GROW
+            self.room = columns if not self.room else -(-columns // GROW) * GROW
             for layer in self.cache.layers:
                 layer.grow(self.room)
             self.forget_graphs()  # they write into the old ones

@@ -167,7 +167,9 @@ def shard(model: torch.nn.Module, dtype: str | None = "float32", size: int = 0) 
     """FSDP2: each transformer block a group of weights that is gathered at once, then the root, which takes the rest.
 
     dtype: what the weights are gathered in, None: in their own (those of an adapter differ from those beside it).
-    size: HSDP, replicas of shards of so many ranks (0: one shard over all; 1: whole replicas)."""
+    size: HSDP, replicas of shards of so many ranks (0: one shard over all; 1: whole replicas). A block drops what it
+    gathered after its forward, and gathers it again in the backward; not so on one rank, where that would save no more
+    than the copies in dtype."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     size = size or WORLD
@@ -183,7 +185,7 @@ def shard(model: torch.nn.Module, dtype: str | None = "float32", size: int = 0) 
     # From the inside out: what a call finds already sharded it leaves alone. The embeddings and the output matrix stay
     # with the root, since tied ones are one weight: in two groups it would be two, each with half of the gradient.
     for block in blocks(model):
-        fully_shard(block, **options)
+        fully_shard(block, reshard_after_forward=WORLD > 1, **options)
     return fully_shard(model, **options)
 
 
@@ -242,8 +244,8 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
-            # FSDP's own defaults: blocks drop their weights after a forward, the root keeps them for the backward
-            part.set_reshard_after_forward(part is not model, recurse=False)
+            # as in `shard`, where FSDP's own default is that the root keeps its weights for the backward
+            part.set_reshard_after_forward(part is not model and WORLD > 1, recurse=False)
 
 
 # ---------------------------------------------------------------------------------------------- does it fit

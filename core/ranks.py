@@ -45,6 +45,9 @@ def init() -> torch.device:
         datasets.disable_progress_bars()  # one bar at a time: our own
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # fsdp.load_model says itself, in one line, which weights are missing
+    # On a Hopper GPU it is torch's first choice, and a little faster. But cuDNN makes a plan for each new shape, which
+    # takes a tenth of a second to seconds, and here nearly every batch is of a new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
     device = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,12 +1,16 @@
 """generate(fixed=True), rows in slots of fixed shapes: the same tokens as rows that leave, which test_generate.py
 compares with a loop without cache and with transformers."""
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from core import decode_step, fsdp
+from core import attend, decode_step, fsdp
 from generate import generate
 from test_generate import ragged
 from tiny import ARCHS, model
@@ -18,7 +22,7 @@ ARGS = {"max_new_tokens": 30, "eos_token_id": [3, 5, 8], "seed": 4}
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """So that a test of some rows grows its buffers, changes its shapes, and draws past the end."""
-    for name, value in {"STEP": 4, "GROW": 12, "CHECK": 3}.items():
+    for name, value in {"GROW": 12, "CHECK": 3}.items():
         monkeypatch.setattr(decode_step, name, value)
 
 
@@ -63,12 +67,12 @@ def test_what_is_recorded_is_what_runs(top_p, monkeypatch):
 
     def record(work, pool):
         rows = work.__self__
-        shapes = (rows.rows, rows.columns, [layer.keys.data_ptr() for layer in rows.cache.layers])
+        shapes = (rows.rows, rows.room, [layer.keys.data_ptr() for layer in rows.cache.layers])
         lm(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)  # a recording passes the hooks that count
         recorded.append(shapes[:2])
 
         def replay():
-            assert shapes == (rows.rows, rows.columns, [layer.keys.data_ptr() for layer in rows.cache.layers])
+            assert shapes == (rows.rows, rows.room, [layer.keys.data_ptr() for layer in rows.cache.layers])
             hooks, lm._forward_pre_hooks = lm._forward_pre_hooks, {}
             work()
             lm._forward_pre_hooks = hooks
@@ -91,6 +95,39 @@ def test_what_is_recorded_is_what_runs(top_p, monkeypatch):
     monkeypatch.setattr(decode_step, "record", broken)
     with pytest.warns(UserWarning, match="without CUDA graphs, which is slower: operation not permitted"):
         assert generate(lm, prompts, **args) == expected
+
+
+KERNEL = """
+import torch
+from core import attend
+device = "cuda" if torch.cuda.is_available() else "cpu"
+for heads, h, d in ((2, 2, 16), (6, 2, 20), (3, 3, 300), (4, 1, 8)):
+    keys, values = (torch.randn(5, h, 140, d, device=device)[:4, :, :135] for _ in range(2))
+    query = torch.randn(4, 1, heads, d, device=device).transpose(1, 2)  # as models have it
+    bounds = torch.tensor([[0, 0], [0, 17], [9, 134], [131, 132]], device=device)[:, None, None]
+    expected, found = (f(query, keys, values, bounds, 0.3) for f in (attend.by_mask, attend.by_kernel))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_the_kernel_is_what_the_mask_says():
+    pytest.importorskip("triton", reason="needs triton")
+    env = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    subprocess.run([sys.executable, "-c", KERNEL], env=env, cwd=Path(__file__).parents[1], check=True)
+
+
+def test_a_kernel_that_does_not_run_is_said_and_left(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    lm, prompts = model("llama"), ragged(5, 12)
+    expected = generate(lm, prompts, fixed=True, **ARGS)
+    for name, value in {"KIND": "cpu", "usable": True, "by_kernel": broken}.items():
+        monkeypatch.setattr(attend, name, value)
+    with pytest.warns(UserWarning, match="without its kernel, which is slower: out of resource: shared memory$"):
+        assert generate(lm, prompts, fixed=True, **ARGS) == expected
+    with pytest.raises(ValueError, match="fixed=True: fixed shapes need Triton"):
+        generate(lm, prompts, fixed=True, **ARGS)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

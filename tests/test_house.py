@@ -12,7 +12,7 @@ STAGES = ("sft", "scs", "bash", "rac", "spin", "dpo", "bon")
 # From the ground up. A file imports from floors below its own, wherever in it the import stands.
 FLOORS = (
     "packed",
-    "noise kv_cache windows arrow ahead cut ranks flags batches rows reference latex verify verdicts",
+    "noise kv_cache attend windows arrow ahead cut ranks flags batches rows reference latex verify verdicts",
     "decode_step",
     "generate answers chat cache track",
     "kinds data sums lora",
