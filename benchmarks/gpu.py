@@ -60,6 +60,7 @@ from bash import bash_loss  # noqa: E402
 from core import decode_step, fsdp, ranks  # noqa: E402
 from sft import sft_loss  # noqa: E402
 
+training.PEERS["TRL, no checkpointing, torch_compile"] = {"gradient_checkpointing": False, "torch_compile": True}
 CUDA = torch.cuda.is_available()
 PEAK = {  # dense bf16 FLOP/s and bytes/s by the makers' sheets
     "H200": (989e12, 4.8e12), "H100 PCIe": (756e12, 2.0e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.0e12),
@@ -92,7 +93,8 @@ class Found:
         self.path, self.only = Path(args.out), args.only
         self.path.parent.mkdir(parents=True, exist_ok=True)
         about = {"part": part, "size": args.size, "torch": torch.__version__, "transformers": transformers.__version__}
-        about |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "seconds": 0.0, "whole": False}
+        about |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "only": args.only or ""}
+        about |= {"seconds": 0.0, "whole": False}
         self.data, self.began = {"about": about, "rows": []}, time.perf_counter()
         self.save()
 
@@ -416,7 +418,6 @@ def steps(
         run = functools.partial(overhead.measure, job | {"make": lambda: make(""), "side": side})
         found.row(f"{name} {lengths}: {side}", functools.partial(measure, run, terms, False))
     for layout in layouts:
-        # a model that was packed once stays so: it is not used again
         how = " ".join(word for word in ("packed", "compile") if word in layout)
         side = "--" * ("-" in layout or "packed" in layout) + layout.removeprefix("--").partition(",")[0]
         some = job | {"joint": True, "make": functools.partial(make, how)}
@@ -527,7 +528,6 @@ def sft(found: Found, size: dict, args: argparse.Namespace) -> None:
     has_trl = importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")
     if not has_trl:
         found.row("TRL", lambda: {"failed": "trl and datasets are not installed (see WHEELS in benchmarks/gpu.sh)"})
-    training.PEERS["TRL, no checkpointing, torch_compile"] = {"gradient_checkpointing": False, "torch_compile": True}
     peers = [side for side in training.PEERS if has_trl or "TRL" not in side]
     slow = [side for side in peers if "compile" in side] if CUDA else []
     sides = [("ours", "ours"), *([("ours, compile", "ours")] if CUDA else [])]
@@ -630,8 +630,10 @@ def load(paths: list[str]) -> dict[str, dict]:
         part = data.get("about", {}).get("part")
         if part:
             parts.setdefault(part, {})["about"] = data["about"]  # of a part in two files, rows of both
-            for row in data["rows"]:  # of one that failed in the end, what it had measured stays
-                if "failed" not in row or row["name"] not in parts[part]:
+            for row in data["rows"]:
+                # what one that failed in the end had measured stays, and so does what was not equal
+                before = parts[part].get(row["name"])
+                if before is None or "failed" not in row and before.get("ok", True):
                     parts[part][row["name"]] = row
     return parts
 

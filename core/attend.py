@@ -44,10 +44,12 @@ def slots(
     """An attention function of transformers."""
     global usable
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if usable and query.device.type == KIND:
+    if usable and query.device.type == KIND and query.dtype != torch.float64:
         try:
             return by_kernel(query, keys, values, attention_mask, scale), None
         except Exception as error:  # of the compiler, on a GPU that this was not tried on
+            if isinstance(error, torch.OutOfMemoryError) or KIND == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise
             usable, reason = False, (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(f"decoding goes on without its kernel, which is slower: {reason}", stacklevel=2)
     return by_mask(query, keys, values, attention_mask, scale), None
@@ -60,7 +62,8 @@ def by_mask(query: Tensor, keys: Tensor, values: Tensor, bounds: Tensor, scale: 
     """The definition."""
     column = torch.arange(keys.shape[2], device=query.device)
     seen = (bounds[..., :1] <= column) & (column <= bounds[..., 1:])  # [B, 1, 1, C]
-    keys, values = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (keys, values))
+    if shared := query.shape[1] // keys.shape[1] - 1:
+        keys, values = (t.repeat_interleave(shared + 1, 1) for t in (keys, values))
     out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale)
     return out.transpose(1, 2)
 
@@ -93,7 +96,7 @@ if triton:
         g, d = tl.arange(0, MOST)[:, None], tl.arange(0, WIDE)[None]
         real = (g < G) & (d < D)
         q = tl.load(query + row * query_row + (head * G + g) * query_head + d, mask=real, other=0.0)  # [MOST, WIDE]
-        base = row.to(tl.int64) * slot + head * slot_head
+        base = row.to(tl.int64) * slot + head.to(tl.int64) * slot_head
         best = tl.full([MOST], float("-inf"), tl.float32)  # the largest score so far, of each head
         total = tl.zeros([MOST], tl.float32)  # the sum of exp(score - best)
         mean = tl.zeros([MOST, WIDE], tl.float32)  # ... and of the values so weighted

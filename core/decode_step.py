@@ -10,7 +10,8 @@ drops what was drawn past the end.
         slot 1              x^1  x^2  x^3  x^4  y^1  .  |       a slot's own columns (core/attend.py), which follow
         slot 2 (free)       what was there, not read    |       from lengths alone. In use are the first `rows` slots
 
-Both draw the same tokens (in float32; tests/test_fixed.py). Needs torch, transformers and core/kv_cache.py.
+Both draw the same tokens (in float32; tests/test_fixed.py). Needs torch, transformers, core/kv_cache.py and,
+for `Fixed`, core/attend.py.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from core import attend
 from core.kv_cache import Columns, Slots, join, keep_rows
 
 if TYPE_CHECKING:
@@ -73,11 +73,14 @@ def decoding(model: PreTrainedModel, stats: dict | None) -> Iterator[torch.devic
         stats["forwards"] = stats.get("forwards", 0) + 1
         stats["columns"] = stats.get("columns", 0) + kwargs["input_ids"].numel()
 
+    device = next(model.parameters()).device
     model.eval()
-    with bare(model), torch.no_grad():
+    # graphs and kernels belong to the current GPU, which need not be the model's
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with bare(model), torch.no_grad(), current:
         hook = model.register_forward_pre_hook(count, with_kwargs=True)
         try:
-            yield next(model.parameters()).device
+            yield device
         finally:
             hook.remove()
             for module, training in modes:
@@ -231,10 +234,12 @@ def why_not_fixed(model: PreTrainedModel) -> str:
     rope = getattr(config, "rope_parameters", None) or {}
     if any("dynamic" in str(part) or "longrope" in str(part) for part in (rope, *rope.values())):
         return "this model's rotary angles change with the length"
-    if model.device.type == attend.KIND and not attend.usable:
-        return "fixed shapes need Triton on a GPU"
     if sharded(model):
         return "the model is sharded while it decodes (--lock-step)"
+    from core import attend
+
+    if model.device.type == attend.KIND and not attend.usable:
+        return "fixed shapes need Triton on a GPU"
     return ""
 
 
@@ -359,6 +364,8 @@ class Fixed:
 
     def feed(self) -> None:
         """The logits after z, and its keys and values in column `length` of its slot."""
+        from core import attend
+
         length, done, z = (t[: self.rows] for t in (self.length, self.done, self.z))
         bounds = torch.stack([torch.zeros_like(length), length], 1)[:, None, None]  # [rows, 1, 1, 2]
         masks = {"full_attention": bounds}

@@ -218,14 +218,15 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
     rank gathers all weights once and holds them meanwhile. Or, with --lock-step, they stay sharded, and a rank that is
     done joins in the others' forwards.
 
-    Never between a backward and its optimiser step: the root keeps its gathered weights until its next backward, so
-    the forward after the step would compute with those from before it."""
+    A forward that is in here has the weights of this moment. One outside of it and without a backward would leave what
+    it gathered behind, and the forward after the next optimiser step would compute with that."""
     from torch.distributed.fsdp import FSDPModule
 
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     together = bool(parts) and getattr(model, "lock_step", False)
     for part in [] if together else parts:  # each by itself: neither call reaches the parts inside
         part.set_reshard_after_forward(False, recurse=False)  # else the first forward would drop the weights again
+        part.reshard()  # what a forward without a backward has left may be of another step
         part.unshard()
 
     def busy(one: int = 1) -> int:

@@ -166,6 +166,26 @@ def test_a_model_under_fsdp(dtype):
         torch.distributed.destroy_process_group()
 
 
+def test_it_is_drawn_with_the_weights_of_the_moment():
+    """Also where a forward without a backward has left what it gathered, and a step has changed the weights since."""
+    lm, prompts = model("llama"), ragged(8, 12)
+    try:
+        lm = fsdp.shard(lm, "float32")
+        optimizer = torch.optim.SGD(lm.parameters(), lr=3.0)
+        ids = torch.tensor([prompts[-1]])
+        lm(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+        with torch.no_grad():
+            lm(input_ids=ids, use_cache=False)
+        optimizer.step()
+        with fsdp.inference(lm):
+            rows = generate(lm, prompts, **ARGS)
+        plain = model("llama")
+        plain.load_state_dict({name: p.full_tensor() for name, p in lm.state_dict().items()})
+        assert rows == generate(plain, prompts, **ARGS) != generate(model("llama"), prompts, **ARGS)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_it_does_not_know_is_said():
     lm = model("llama", attn_implementation="eager")
     with pytest.raises(ValueError, match="fixed=True: fixed shapes need sdpa attention, not eager"):

@@ -712,6 +712,7 @@ def test_bad_input(tmp_path, serve, monkeypatch):
     assert "no rows" in told(tmp_path / "e.jsonl")
     (tmp_path / "e.jsonl").write_text("{}\n{\n")
     assert "e.jsonl, line 2: not valid JSON" in told(tmp_path / "e.jsonl")
+    assert "--temperature chooses among the generations of" in told(answers(tmp_path), temperature=1.0)
     assert "neither a .jsonl file nor the --out" in told(tmp_path)
     folder = evaluation(tmp_path / "run")
     assert "there are 0.01" in told(folder, temperature=1.0)

@@ -293,6 +293,8 @@ def test_plots_bad_input(tmp_path, monkeypatch, capsys):
     a = result(tmp_path / "a.json", "sft", 2, metrics={"nll_y": 1.0}, x=1)
     assert "has test_set other" in told(a, b)
     assert "--metric bleu: no such metric; there are nll_y" in told(a, "--metric", "bleu")
+    curve = log(tmp_path / "curve")
+    assert "--metric chooses a metric of results.json files, and none was given" in told(curve, "--metric", "nll_y")
     b.write_text("{}")
     assert "b.json: not a results.json" in told(b)
 

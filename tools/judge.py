@@ -226,6 +226,8 @@ def summaries(path: Path, t: float | None, limit: int) -> tuple[list[dict], Path
     from datasets import load_from_disk
 
     if path.is_file():
+        if t is not None:
+            raise ValueError(f"{path}: --temperature chooses among the generations of `evaluate.py run`, not in a file")
         rows = []
         for i, row in enumerate(read(str(path))):
             texts = row.get("responses", [row["response"]] if "response" in row else None)

@@ -196,6 +196,8 @@ def plots(args: argparse.Namespace) -> None:
         else:
             results.append(str(path))
     runs_over_x = read_results(results)
+    if args.metric and not runs_over_x:
+        raise ValueError("--metric chooses a metric of results.json files, and none was given")
     pyplot()
     if runs:
         training(runs, Path(args.out))
