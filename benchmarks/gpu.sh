@@ -37,7 +37,7 @@ case ${SMALL:-} in
 esac
 PARTS=${PARTS:-1 2 3 4 5 6}
 NAMES=(- equality joint decoding sft study profile)
-LIMITS=(- 90 150 200 50 60 40) # ten minutes in all
+LIMITS=(- 70 150 170 110 60 40) # ten minutes in all
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT

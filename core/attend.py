@@ -62,8 +62,8 @@ def by_mask(query: Tensor, keys: Tensor, values: Tensor, bounds: Tensor, scale: 
     """The definition."""
     column = torch.arange(keys.shape[2], device=query.device)
     seen = (bounds[..., :1] <= column) & (column <= bounds[..., 1:])  # [B, 1, 1, C]
-    if shared := query.shape[1] // keys.shape[1] - 1:
-        keys, values = (t.repeat_interleave(shared + 1, 1) for t in (keys, values))
+    if keys.shape[1] < query.shape[1]:
+        keys, values = (t.repeat_interleave(query.shape[1] // keys.shape[1], 1) for t in (keys, values))
     out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale)
     return out.transpose(1, 2)
 
