@@ -193,7 +193,7 @@ def main() -> None:
     args = p.parse_args()
     best_of = args.best_of or 4
     bon_options.check_flags(args, best_of)
-    stage.check_pairs(p, args, "n")
+    stage.check_pairs(p, args, "n", "temperature")
     if args.dco:
         run, examples = stage.start(args, data.load)
         sft_phase(run, examples, args.sft_epochs)
@@ -209,7 +209,8 @@ def main() -> None:
     weight = {"bon": 1.0, "sft": args.sft_weight}
     for iteration in range(1, args.iterations + 1):
         d_bon = pairs if pairs and iteration == 1 else make_d_bon(run, examples, iteration, best_of, references)
-        known = args.best_of or not (pairs and iteration == 1)  # else the weights say for which N they are
+        # else the weights say for which N they are
+        known = args.best_of or args.score or args.weights != "unbiased" or not (pairs and iteration == 1)
         path = run.out / f"D_bon_{iteration}.json"
         bon_options.report(d_bon, run.tokenizer, args.task, args.weights, best_of if known else None, path)
         for step in run.steps(d_bon, args.epochs, rows_of):  # a batch of prompts: rows of y and their right z

@@ -253,6 +253,7 @@ def examples(
                 said.left_out("f", row["row"])
             else:
                 said.cut += len(y) > max_response
+                remarks.tokens(row, x + y)
                 kept.append({"id": row["id"], "x": x, "y": y[:max_response]} | ({"f": f} if max_reference else {}))
         return kept
 

@@ -256,6 +256,8 @@ def run(args: argparse.Namespace) -> None:
     args.generations = args.generations or (1 if args.task == "tldr" else 3)
     if args.k and max(args.k) > args.generations:
         raise ValueError(f"--k {max(args.k)} is more than --generations {args.generations}")
+    if args.k and (args.task not in CHECKS or args.generations == 1 or max(args.temperatures, default=0) == 0):
+        raise ValueError("--k: pass@k is of several --generations above temperature 0 of a task with answers to check")
     if args.task == "tldr" and args.temperatures:
         optional("rouge_score.rouge_scorer", "rouge-score")
     if args.math_verify:

@@ -59,6 +59,7 @@ def load_preferences(args: argparse.Namespace, tokenizer) -> tuple[Dataset, list
     most = min(args.max_prompt or spec.max_prompt, args.max_length - 1)
     whys = {"long": f"x over {most} tokens (--max-prompt)", "empty": "chosen or rejected is empty"}
     whys["equal"] = "chosen equals rejected"
+    whys["cut"] = "chosen and rejected are equal as far as they are read (--max-length, --max-response)"
 
     def checked(row: dict, i: int) -> dict:
         where = f"{source}, row {i}"
@@ -80,7 +81,7 @@ def load_preferences(args: argparse.Namespace, tokenizer) -> tuple[Dataset, list
             elif len(x) > most:
                 said.left_out("long", i)
             elif y[:room] == z[:room]:  # as far as they are read
-                said.left_out("equal", i)
+                said.left_out("equal" if y == z else "cut", i)
             else:
                 said.cut += (len(y) > room) + (len(z) > room)
                 kept.append({"id": i, "x": x, "y": y[:room], "z": z[:room]})

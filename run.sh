@@ -121,8 +121,14 @@ else
         rm -rf "$BASE.partial" # of a call that was cut
         "$PYTHON" tools/smollm2.py "$BASE.partial" && mv "$BASE.partial" "$BASE"
     }
-    "$PYTHON" tools/room.py --model "$BASE" --out "$OUT" --models $(($(wc -w <<< "$METHODS sft") * $(wc -w <<< "$SEEDS"))) \
-        --at-once "$JOBS"
+    all=0 left=0
+    for seed in $SEEDS; do
+        for method in sft $METHODS; do
+            all=$((all + 1))
+            [ -e "$OUT/seed-$seed/$method/config.json" ] || left=$((left + 1))
+        done
+    done
+    [ $left = 0 ] || "$PYTHON" tools/room.py --model "$BASE" --out "$OUT" --models $all --at-once $((JOBS < left ? JOBS : left))
 fi
 
 # 2. Every method, from one SFT model for each seed ------------------------------------------------------------------

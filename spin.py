@@ -74,6 +74,7 @@ def main() -> None:
     machine.add_argument("--share-prompt", action="store_true", help="y and z read x once (4-D attention mask)")
     machine.add_argument("--generation-batch-size", type=positive, default=64, help="rows of one rank")
     args = p.parse_args()
+    stage.check_pairs(p, args)
     max_response = args.max_response or data.TASKS[args.task].max_response
     run, examples = stage.start(args, engine_z.loading(args, data.load), max_response)
     last = None

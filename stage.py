@@ -76,14 +76,17 @@ def check_refresh(args: argparse.Namespace) -> None:
 
 
 def check_pairs(p: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError where --pairs or --z brings data for no iteration; and where --pairs brings all of them, but
-    there are flags (names) of how they are made."""
+    """Raises ValueError where --pairs or --z brings data for no iteration; and where one of them brings all, but there
+    are flags (names; of z, --temperature) of how they are made."""
     given = next((name for name in ("pairs", "z") if getattr(args, name, None) is not None), None)
     if given and not args.iterations:
         raise ValueError(f"--{given} is for an iteration, and there is none (--iterations 0)")
     idle = [name for name in names if getattr(args, name) != p.get_default(name)]
-    if args.pairs is not None and args.iterations == 1 and idle:
+    if given == "pairs" and args.iterations == 1 and idle:
         raise ValueError(f"--pairs brings data that are made: it takes no --{idle[0].replace('_', '-')}")
+    again = args.iterations != 1 or getattr(args, "refresh_every", 0)
+    if given == "z" and not again and args.temperature != p.get_default("temperature"):
+        raise ValueError("--z brings z that are drawn: it takes no --temperature")
 
 
 def start(
@@ -97,6 +100,8 @@ def start(
     max_new_tokens: of what the stage will generate after x, and read after f(x, y); where: how the message on a row
     that does not fit the model begins. Ends the program where the same command has finished before."""
     init()
+    if args.eval_data and not args.eval_every:
+        raise ValueError("--eval-data is measured every so many steps, and --eval-every does not say how many")
     lora.settle(args)
     track.check(args.track)
     if not open_out(args):

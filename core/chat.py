@@ -271,13 +271,16 @@ def _reader(tokenizer, *_) -> tuple[object, dict[str, str], dict[int, int]]:
 
 
 class Remarks:
-    """What is said of rows as they become tokens: special tokens in their text, reasoning that is not closed.
+    """What is said of rows as they become tokens: special tokens in their text, words that are unknown, reasoning that
+    is not closed.
 
     found: a dict that it is kept in, and that can be written as JSON: {"special": [rows, first row, last row, names],
-    "unclosed": [rows, first row]}."""
+    "unclosed": [rows, first row], "unknown": [rows, first row]}."""
 
     def __init__(self, tokenizer, found: dict[str, list] | None = None) -> None:
         self.tokenizer, self.found = tokenizer, {} if found is None else found
+        unknown, others = tokenizer.unk_token_id, (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        self.unknown = None if unknown in others else unknown  # some name one that has another sense
 
     def read(self, row: dict, columns: tuple[str, ...]) -> dict:
         """The row with its special tokens marked as text, those in these columns counted."""
@@ -297,6 +300,11 @@ class Remarks:
         if opened and response.strip() and opened[1].replace("<", "</").replace("[", "[/") not in response:
             self.found.setdefault("unclosed", [0, row["row"]])[0] += 1
 
+    def tokens(self, row: dict, ids: list[int]) -> None:
+        """Looks at what has become of a row."""
+        if self.unknown is not None and self.unknown in ids:
+            self.found.setdefault("unknown", [0, row["row"]])[0] += 1
+
     def notes(self, uses_template: bool) -> list[str]:
         notes = [getattr(self.tokenizer, "end_note", "")] if uses_template else []
         if "special" in self.found:
@@ -307,4 +315,8 @@ class Remarks:
             n, first = self.found["unclosed"]
             opens = "though the chat template opens it at the end of x"
             notes.append(f"WARNING: {n} responses close no reasoning, {opens}, first: row {first}")
+        if "unknown" in self.found:
+            n, first = self.found["unknown"]
+            token = self.tokenizer.unk_token
+            notes.append(f"WARNING: {n} rows hold words that the tokenizer does not know ({token}), first: row {first}")
         return [note for note in notes if note]

@@ -214,7 +214,7 @@ def merged(model: torch.nn.Module, folder: str) -> torch.nn.Module:
         raise ValueError(f"the adapter does not fit its base: {first_line(error)}") from None
     if not hasattr(with_adapter, "merge_and_unload"):
         raise ValueError(f"an adapter of kind {with_adapter.peft_type}, which cannot be merged into weights")
-    model = with_adapter.merge_and_unload()
+    model = with_adapter.merge_and_unload().requires_grad_(True)  # peft had frozen what it adapts
     if {name: p.shape for name, p in model.named_parameters()} != shapes:
         raise ValueError("the adapter changes the shapes of its base: merge it there, and save that")
     return model

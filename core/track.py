@@ -22,11 +22,16 @@ def tracker(kind: str, out: Path, flags: dict, done: int) -> tuple[Callable[[int
         writer, module = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1), None
     else:
         module, own = importlib.import_module(kind), fold_in(0, str(out.resolve()), (out / "log.jsonl").stat().st_ino)
-        how = {"project": os.environ.get(f"{kind.upper()}_PROJECT", "bash-rac"), "resume": "allow", "name": out.name}
+        how = {"project": os.environ.get(f"{kind.upper()}_PROJECT", "bash-rac"), "resume": "allow"}
+        if kind == "wandb":
+            how |= {"name": out.name, "id": f"{own:x}", "dir": str(out)}
+        else:
+            how["name"] = f"{out.name}-{own:x}"  # it goes on with a run of this name
         try:
-            module.init(config=flags, **how, **({"id": f"{own:x}", "dir": str(out)} if kind == "wandb" else {}))
+            module.init(config=flags, **how)
         except Exception as error:  # no key, no network
-            raise OSError(f"--track {kind}: {first_line(error)} (offline: WANDB_MODE=offline)") from None
+            offline = " (offline: WANDB_MODE=offline)" if kind == "wandb" else ""
+            raise OSError(f"--track {kind}: {first_line(error)}{offline}") from None
 
     broken = False
 

@@ -115,6 +115,7 @@ sys.argv[0] = sys.argv.pop(1)
 import data
 import preferences
 from core.fsdp import load_tokenizer
+from core.kinds import check_kind
 from core.ranks import cli, first_line
 from core.rows import source_rows
 from transformers import AutoConfig
@@ -126,7 +127,7 @@ def main():
         if kind == "model" and value:
             load_tokenizer(value)
             try:
-                AutoConfig.from_pretrained(value)
+                AutoConfig.from_pretrained(check_kind(value)[-1])
             except Exception as error:
                 raise OSError(f"--model {value}: could not be loaded ({first_line(error)})") from None
             if Path(value).is_dir() and not [*Path(value).glob("*.safetensors"), *Path(value).glob("*.bin")]:
@@ -147,6 +148,10 @@ END
 
 # sample N SEED FILE: N random training rows of the task (or N%) as a .jsonl file, from `train_file` or the hub
 sample() {
+    local from="$train_file $([ -z "$train_file" ] || cksum < "$train_file")"
+    [ ! -e "$3" ] || [ ! -e "$3.from" ] || [ "$(cat "$3.from")" = "$from" ] ||
+        die "$3 was drawn from other rows than those of $train_file: choose another OUT"
+    mkdir -p "$(dirname "$3")" && echo "$from" > "$3.from"
     [ -e "$3" ] || "$PYTHON" - "$RECIPE" "$task" "$train_file" "$@" << 'END'
 import json, os, random, sys
 
@@ -264,7 +269,7 @@ alpaca() {
     wanted "$1" || return 0
     local g temperature out
     for g in $DRAWS; do
-        temperature=0.7 out=$HERE/alpaca/$1-$g.json
+        temperature=0.7 out=$HERE/alpaca/seed-$seed/$1-$g.json
         [ "$g" != greedy ] || temperature=0
         [ -e "$out" ] || logged "$HERE/alpaca/log" "$1: answers for alpaca_eval, $g" run evaluate.py alpaca \
             --model "${2:-$dir/$1}" --data "$ALPACA" --instruction "$INSTRUCTION" --name "$1" --out "$out" --dtype "$DTYPE" \
@@ -363,7 +368,7 @@ judge_hint() {
 }
 alpaca_hint() {
     echo "LC win rates (pip install alpaca_eval; OPENAI_API_KEY), for each file and then the mean over its generations:"
-    echo "    alpaca_eval --model_outputs $HERE/alpaca/NAME-DRAW.json"
+    echo "    alpaca_eval --model_outputs $HERE/alpaca/seed-SEED/NAME-DRAW.json"
 }
 # plots LABEL RESULTS...: each metric over the --x of `measure`
 plots() {

@@ -220,6 +220,13 @@ def test_columns_can_be_mapped_and_joined(tokenizer, tmp_path):
     assert [(row["prompt"], row["response"]) for row in found] == [("how\n\nmany", "3"), ("how", "4")]
 
 
+def test_words_that_the_tokenizer_does_not_know_are_said(tokenizer, tmp_path):
+    rows = [{"prompt": "3", "response": text} for text in ("4", "four hundred", "5", "6 and six")]
+    _, notes = data.examples("toy", tokenizer, data=write(tmp_path / "d.jsonl", rows))
+    told = f"WARNING: 2 rows hold words that the tokenizer does not know ({tokenizer.unk_token}), first: row 1"
+    assert [note for note in notes if "know" in note] == [told]
+
+
 def test_a_dialogue_gives_its_first_answer(tmp_path):
     roles = ["user", "assistant", "user", "assistant"]
     turns = [{"role": role, "content": text} for role, text in zip(roles, "qarb")]

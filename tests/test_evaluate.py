@@ -415,6 +415,8 @@ def test_bad_input(folder, tmp_path, monkeypatch):
     for flags, message in (
         (("--k", "1,4"), "--k 4 is more than --generations 3"),
         (("--math-verify",), "--math-verify is for --task math, not toy"),
+        (("--k", "1,2", "--temperatures", "0"), "--k: pass@k is of several --generations above temperature 0"),
+        (("--k", "1", "--generations", "1"), "--k: pass@k is of several --generations above temperature 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call(folder, monkeypatch, "--out", str(tmp_path / "c"), *flags)

@@ -224,6 +224,11 @@ def test_the_folder_holds_merged_weights_and_the_adapter_beside_them(base, tmp_p
     assert config["target_modules"] == sorted(config["target_modules"])
 
 
+def test_all_weights_of_a_merged_adapter_can_learn(base, tmp_path, monkeypatch):
+    adapter = run(monkeypatch, "sft", base, tmp_path / "a", "--max-steps", 1) / "adapter"
+    assert all(p.requires_grad for p in fsdp.load_model(str(adapter)).parameters())
+
+
 def test_off_it_leaves_no_trace(base, tmp_path, monkeypatch):
     """A run begun without the flags, by an earlier version, goes on."""
     monkeypatch.setattr(sys.modules[__name__], "LORA", ())

@@ -376,7 +376,9 @@ def test_pairs_that_are_cut_or_left_out(tmp_path):
         f"1 pairs, templates of task ultrachat, from {tmp_path}/d.jsonl",
         "1 rows left out: x over 7 tokens (--max-prompt), first: row 3",
         "1 rows left out: chosen or rejected is empty, first: row 2",
-        "2 rows left out: chosen equals rejected, first: row 1",
+        "1 rows left out: chosen equals rejected, first: row 1",
+        "1 rows left out: chosen and rejected are equal as far as they are read (--max-length, --max-response), "
+        "first: row 4",
         "1 responses cut (--max-length, --max-response), without EOS",
     ]
     (made,), _ = load(tmp_path, {"q": "3", "a": "4", "b": "5"}, columns="prompt=q,chosen=a,rejected=b", task="toy")

@@ -74,6 +74,9 @@ def test_rac_says_how_good_its_labels_are(base, tmp_path, monkeypatch):
     words = ("--model", base / "model", "--out", tmp_path / "o")
     call(monkeypatch, controls.main, "oracle", tmp_path / "rac" / "D_r_1", *words)
     right = datasets.load_from_disk(str(tmp_path / "o"))
+    assert [*tmp_path.glob("rac/D_r_1/*.arrow")] == [tmp_path / "rac" / "D_r_1" / "data-00000-of-00001.arrow"]
+    soft = d_r.map(lambda row: {"top_ids": [[i] for i in row["z"]], "top_logp": [[0.0] for _ in row["z"]]})
+    assert controls.oracle(soft, tokenizer("digits")).column_names == d_r.column_names
     for row in right:
         assert row["z_bar"] == sums.right_labels(tokenizer("digits"), row["y"], row["z"])
     assert sums.label_quality(tokenizer("digits"), right["y"], right["z"], right["z_bar"])["precision"] == 1

@@ -81,7 +81,9 @@ def test_a_tracker_is_told_what_the_log_has(base, tmp_path, monkeypatch, kind):
         said, texts = record.pop("samples", ""), line.pop("samples", [])
         assert {"step": line["step"], **record} == line and bool(said) == bool(texts)
         assert said == "\n\n".join(f"**{key}**: {text}" for sample in texts for key, text in sample.items())
-    assert told.begun["config"]["temperature"] == 1.0 and told.begun["name"] == "out"
+    # trackio goes on with the run of a name: that of another folder has another
+    assert told.begun["config"]["temperature"] == 1.0
+    assert told.begun["name"] == "out" if kind == "wandb" else told.begun["name"].startswith("out-")
     assert ("id" in told.begun) == (kind == "wandb")
 
 

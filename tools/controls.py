@@ -47,7 +47,7 @@ def noise(d_s: Dataset, seed: int, anywhere: bool = False) -> Dataset:
 
     if len(set(tokens)) < 2:
         raise ValueError("all responses are one and the same token: there is no other to draw")
-    return d_s.map(change, load_from_cache_file=False)
+    return d_s.map(change, keep_in_memory=True)  # no files in its folder
 
 
 def oracle(d_r: Dataset, tokenizer: object) -> Dataset:
@@ -56,7 +56,8 @@ def oracle(d_r: Dataset, tokenizer: object) -> Dataset:
         if not sums.has_sum(sums.text_of(tokenizer, row["y"])):
             raise ValueError(f"row {row['id']}: y is no response of toy or sums, whose right labels are known")
     right = lambda row: {"z_bar": sums.right_labels(tokenizer, row["y"], row["z"])}  # noqa: E731
-    return d_r.map(right, load_from_cache_file=False)
+    soft = [name for name in ("top_ids", "top_logp") if name in d_r.column_names]  # of the labels that were there
+    return d_r.map(right, keep_in_memory=True, remove_columns=soft)
 
 
 def wrong(d_r: Dataset, tokenizer: object, task: str) -> Dataset:
@@ -67,7 +68,7 @@ def wrong(d_r: Dataset, tokenizer: object, task: str) -> Dataset:
         y, z = (find(response_text(tokenizer, row[name])) for name in ("y", "z"))
         return {"z_bar": row["z"] if equal(z, y) else row["z_bar"]}
 
-    return d_r.map(mask, load_from_cache_file=False)
+    return d_r.map(mask, keep_in_memory=True)
 
 
 def main() -> None:

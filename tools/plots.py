@@ -272,7 +272,8 @@ def distance(args: argparse.Namespace, embed: Embed | None = None) -> None:
     """Distances of all responses, as distance.json and as violins. embed: instead of --embedder."""
     read = {}
     for given in args.files:
-        name, _, path = given.rpartition("=")
+        # a file may have a = in its name or folder
+        name, path = given.split("=", 1) if "=" in given and not Path(given).exists() else ("", given)
         name = name or Path(path).stem
         if name in read:
             raise ValueError(f"{given}: a second file of the name {name}; give NAME=FILE")

@@ -14,6 +14,7 @@ import torch
 
 from core.flags import new_parser, positive
 from core.fsdp import load_tokenizer
+from core.kinds import check_kind
 from core.ranks import cli, first_line
 
 
@@ -28,7 +29,7 @@ def main() -> None:
 
     try:
         load_tokenizer(args.model)
-        config = AutoConfig.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(check_kind(args.model)[-1])  # an adapter's folder: its base
         with torch.device("meta"):
             parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     except Exception as error:
