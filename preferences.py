@@ -84,6 +84,7 @@ def load_preferences(args: argparse.Namespace, tokenizer) -> tuple[Dataset, list
                 said.left_out("equal" if y == z else "cut", i)
             else:
                 said.cut += (len(y) > room) + (len(z) > room)
+                remarks.tokens(row, x + y + z)
                 kept.append({"id": i, "x": x, "y": y[:room], "z": z[:room]})
         return kept
 

@@ -65,7 +65,7 @@ TOKENIZERS = {
 
 def plain(task, tokenizer, found, max_prompt, max_response, max_reference):
     """The definition: row by row."""
-    spec, kept, cut, long_x, long_f = data.TASKS[task], [], 0, [], []
+    spec, kept, cut, long_x, long_f, unknown = data.TASKS[task], [], 0, [], [], []
     for row in found:
         response = spec.before_response + row["response"].strip()
         x, y = data.encode(tokenizer, spec.x(row, tokenizer, max_prompt), response)
@@ -79,7 +79,9 @@ def plain(task, tokenizer, found, max_prompt, max_response, max_reference):
         else:
             cut += len(y) > max_response
             kept.append(example)
-    return kept, cut, long_x, long_f
+            if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) and tokenizer.unk_token_id in x + y:
+                unknown.append(row["row"])
+    return kept, cut, long_x, long_f, unknown
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -105,7 +107,7 @@ def test_together_as_one_by_one(tmp_path, task, name, monkeypatch):
 
     max_prompt, max_response = most(data.TASKS[task].x), 25
     for max_reference in (0, most(data.TASKS[task].f)):
-        kept, cut, long_x, long_f = plain(task, tokenizer, source, max_prompt, max_response, max_reference)
+        kept, cut, long_x, long_f, unknown = plain(task, tokenizer, source, max_prompt, max_response, max_reference)
         assert kept
         notes = [f"{len(kept)} examples of task {task} from {path}"]
         if long_x:
@@ -116,6 +118,9 @@ def test_together_as_one_by_one(tmp_path, task, name, monkeypatch):
             notes.append(f"{len(long_f)} rows left out: {over}")
         if cut:
             notes.append(f"{cut} responses cut at {max_response} tokens (--max-response), without EOS")
+        if unknown:
+            what = f"words that the tokenizer does not know ({tokenizer.unk_token})"
+            notes.append(f"WARNING: {len(unknown)} rows hold {what}, first: row {unknown[0]}")
         size = {"max_prompt": max_prompt, "max_response": max_response, "max_reference": max_reference}
         for _ in range(2):  # made, then found
             made, said = data.examples(task, tokenizer, data=path, columns=columns, **size)
@@ -132,7 +137,7 @@ def test_preferences_together_as_one_by_one(tmp_path, name, monkeypatch):
     path = write(tmp_path / "p.jsonl", found)
     flags = {"task": "ultrachat", "data": path, "columns": "", "limit": 0}
     args = Namespace(**flags, max_prompt=most, max_response=20, max_length=room)
-    kept, out = [], {"x over": [], "chosen or": [], "chosen equals": []}
+    kept, out = [], {"x over": [], "chosen or": [], "chosen equals": [], "equal as far": []}
     for i, row in enumerate(found):
         x, y = data.encode(tokenizer, data.chat(tokenizer, row["prompt"]), row["chosen"].strip())
         _, z = data.encode(tokenizer, data.chat(tokenizer, row["prompt"]), row["rejected"].strip())
@@ -142,7 +147,7 @@ def test_preferences_together_as_one_by_one(tmp_path, name, monkeypatch):
         elif len(x) > most:
             out["x over"].append(i)
         elif y[:size] == z[:size]:
-            out["chosen equals"].append(i)
+            out["chosen equals" if y == z else "equal as far"].append(i)
         else:
             kept.append({"id": i, "x": x, "y": y[:size], "z": z[:size]})
     made, notes = preferences.load_preferences(args, tokenizer)

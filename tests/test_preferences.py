@@ -351,7 +351,11 @@ def load(tmp_path, *rows, **flags):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"data": str(path), "task": "ultrachat", "columns": "", "limit": 0, "max_prompt": 0, "max_response": 0}
-    return preferences.load_preferences(Namespace(**given | {"max_length": 1024} | flags), tiny.word_tokenizer())
+    given |= {"max_length": 1024} | flags
+    found, notes = preferences.load_preferences(Namespace(**given), tiny.word_tokenizer())
+    if given["task"] == "ultrachat":  # whose template has words that this tokenizer does not know
+        assert f"{len(found)} rows hold words that the tokenizer does not know (<unk>)" in notes.pop()
+    return found, notes
 
 
 @pytest.mark.parametrize("row", FORMS)
