@@ -346,7 +346,7 @@ def test_distance_bad_input(tmp_path, monkeypatch, capsys):
     assert "a and b: not the same rows and references" in told(a, b)
     assert "a second file of the name a" in told(a, a)
     assert "no row 7 (--rows)" in told(a, "--rows", "7")
-    assert "lr=1e-4/z.jsonl: no such file" in told(a, "sft=runs/lr=1e-4/z.jsonl")
+    assert "'runs/lr=1e-4/z.jsonl'" in told(a, "sft=runs/lr=1e-4/z.jsonl")
     assert "c.jsonl, row 0: responses must be a list of two texts" in told(generations(tmp_path / "c.jsonl", ("0", [])))
     assert "d.jsonl, row 0: no reference" in told(generations(tmp_path / "d.jsonl", (" ", ["1", "2"])))
     assert "is not a whole number" in told(a, "--rows", "x")
