@@ -367,13 +367,14 @@ class Fixed:
         from core import attend
 
         length, done, z = (t[: self.rows] for t in (self.length, self.done, self.z))
-        bounds = torch.stack([torch.zeros_like(length), length], 1)[:, None, None]  # [rows, 1, 1, 2]
-        masks = {"full_attention": bounds}
         config = self.model.config.get_text_config()
-        if window := getattr(config, "sliding_window", None):
-            first = (length - window + 1).clamp(min=0)
-            masks["sliding_attention"] = torch.stack([first, length], 1)[:, None, None]
-        kinds = {*(getattr(config, "layer_types", None) or [[*masks][-1]])}
+        window = getattr(config, "sliding_window", None)
+        kinds = {*(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])}
+        masks = {}
+        for kind in kinds:
+            sliding = window and kind == "sliding_attention"
+            first = (length - window + 1).clamp(min=0) if sliding else torch.zeros_like(length)
+            masks[kind] = torch.stack([first, length], 1)[:, None, None]  # [rows, 1, 1, 2]
         mask = masks[kinds.pop()] if len(kinds) == 1 else masks  # layers that differ get theirs by name
         with attend.over_slots(self.model):
             self.logits[: self.rows] = call(self.model, z[:, None], mask, length[:, None], self.cache)
