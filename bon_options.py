@@ -33,7 +33,7 @@ import sums
 from core.answers import by_score, pass_at_k
 from core.flags import group
 from core.ranks import RANK, print0
-from core.rows import read_scores
+from core.rows import read_scores, write_json
 from data import Dataset
 from evaluate import CHECKS
 
@@ -255,4 +255,4 @@ def report(
             why += f", and too few wrong in {others:.1%} (a smaller --best-of learns from them)"
         print0(f"WARNING: only {found['with_a_weight']:.1%} of the prompts have a sample to learn from; {why}")
     if RANK == 0:
-        folders.write_json(path, found)
+        write_json(path, found)

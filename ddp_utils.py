@@ -39,6 +39,7 @@ import folders
 from batches import length
 from core import arrow, track
 from core.ranks import RANK, WORLD, all_sum, barrier, first_line, fold_in, print0
+from core.rows import write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -367,9 +368,9 @@ class Run:
         try:
             dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=partial)
             if RANK == 0:
-                folders.write_json(partial / "state.json", {**where, "total": self.total, "ranks": WORLD})
+                write_json(partial / "state.json", {**where, "total": self.total, "ranks": WORLD})
             own = [f for f in partial.iterdir() if f.name.startswith(f"__{RANK}_") or not RANK and f.name[:2] != "__"]
-            folders.write_json(partial / f"checksums-{RANK}.json", {f.name: folders.checksum(f) for f in own})
+            write_json(partial / f"checksums-{RANK}.json", {f.name: folders.checksum(f) for f in own})
         except (OSError, dcp.api.CheckpointException) as error:
             problem = first_line(error)
         if all_sum(torch.tensor(float(bool(problem)), device=self.device)):

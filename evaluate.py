@@ -71,10 +71,10 @@ from core.chat import ends, response_text
 from core.flags import count, data_flags, group, model_flags, new_parser, number, positive
 from core.fsdp import check_fits, load_tokenizer, model_of
 from core.ranks import RANK, barrier, cli, fold_in, init, print0
-from core.rows import read, read_scores
+from core.rows import read, read_scores, write_json
 from core.tables import cell, table, title
 from data import Dataset
-from folders import claim_file, open_out, write_json
+from folders import claim_file, open_out
 
 CHECKS = {  # task: (the answer in a text, are two answers the same)
     "toy": (sums.answer, same),

@@ -35,6 +35,7 @@ from core import arrow, lora
 from core.fsdp import inference
 from core.kinds import bases, write_folder
 from core.ranks import RANK, WORLD, barrier, first_line, from_first, print0, wait_for
+from core.rows import write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,16 +44,6 @@ if TYPE_CHECKING:
 
 
 # ---------------------------------------------------------------------------------------------- files
-def write_json(path: Path, value: object) -> None:
-    """Writes under a temporary name and renames, so that a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.rename(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror})") from None
-
-
 def checksum(path: Path) -> int:
     """CRC-32 of a file."""
     crc = 0

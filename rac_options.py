@@ -35,6 +35,7 @@ from core.flags import group, number, positive
 from core.fsdp import inference, model_of
 from core.ranks import RANK, WORLD, all_sum, print0
 from core.reference import read_template
+from core.rows import write_json
 from data import TASKS, Dataset, qa_f
 from ddp_utils import Run
 
@@ -148,7 +149,7 @@ def report(
             f"WARNING: only {found['precision']:.0%} of the labels that Eq. 7 keeps are right; the others teach errors"
         )
     if RANK == 0:
-        folders.write_json(path, found)
+        write_json(path, found)
 
 
 # ---------------------------------------------------------------------------------------------- which corrections

@@ -143,6 +143,7 @@ def gather(side: str, folder: Path, count: int, topk: bool = False) -> None:
 
     import folders
     from core.fsdp import load_tokenizer
+    from core.rows import write_json
 
     tokenizer, out = load_tokenizer(str(folder / "tokenizer")), folder / f"out-{os.getpid()}"
     source = some_rows(count)
@@ -151,7 +152,7 @@ def gather(side: str, folder: Path, count: int, topk: bool = False) -> None:
         for start, some in enumerate(blocks(source, CHUNK)):
             rows = [as_lists({k: row[k] for k in ("id", "x", "y", "z", "z_bar")} | (soft(row) if topk else {}))
                     for row in some]  # fmt: skip
-            folders.write_json(out / f"{start:09d}.json", {"seconds": 0, "rows": rows})
+            write_json(out / f"{start:09d}.json", {"seconds": 0, "rows": rows})
         done = [json.loads(path.read_text()) for path in sorted(out.iterdir())]
         datasets.Dataset.from_list([row for part in done for row in part["rows"]]).save_to_disk(out / "D")
         return

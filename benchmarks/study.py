@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import batches
 import data
 import evaluate
-import folders
 import generate  # noqa: F401
 import rac
 import rac_options
@@ -410,7 +409,7 @@ def measure(out: Path, cell: Cell, seed: int, model: Path) -> None:
     problems = text_rows.read(str(home / "data" / "test.jsonl"))
     row["distance"] = distance(drawn, problems)
     row["nll"] = nll_by_kind(model, problems)
-    folders.write_json(folder / "row.json", row)
+    text_rows.write_json(folder / "row.json", row)
 
 
 def copied(words: list[str]) -> float | None:
@@ -722,7 +721,7 @@ def shares(out: Path) -> None:
             with fsdp.inference(model):
                 n, plausible = rac_options.count_plausible(model, x, z, z_bar, 64)
             found.setdefault(start, {}).setdefault(whose, []).append(round(1 - plausible / max(n, 1), 4))
-    folders.write_json(ROWS.parent / "implausible.json", found)
+    text_rows.write_json(ROWS.parent / "implausible.json", found)
 
 
 def again(out: Path, at_once: int) -> None:

@@ -16,11 +16,22 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 Turns = list[dict[str, str]]  # of a dialogue: {"role": …, "content": …}
 
 
 # ---------------------------------------------------------------------------------------------- files
+def write_json(path: Path, value: object) -> None:
+    """Writes under a temporary name and renames, so that a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.rename(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror})") from None
+
+
 def read(path: str) -> list[dict]:
     """All rows of `each_row`."""
     return list(each_row(path))

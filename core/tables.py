@@ -13,7 +13,7 @@ import re
 import statistics
 from pathlib import Path
 
-from folders import write_json
+from core.rows import write_json
 
 
 def mean_se(values: list[float]) -> tuple[float, float | None]:

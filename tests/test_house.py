@@ -52,6 +52,13 @@ def test_every_arrow_runs_down():
     assert not wrong
 
 
+def test_the_foundation_stands_alone():
+    """What lies in core/ imports nothing from outside of it."""
+    core = {path.stem for path in ROOT.glob("core/[!_]*.py")}
+    wrong = [f"core/{name}.py -> {other}" for name in core for other in imported(FILES[name]) - core]
+    assert not wrong
+
+
 def test_no_circle_through_imports_of_any_kind():
     """Those of main, too: a walk along all arrows never comes back."""
     names = re.compile(r"^\s*(?:from|import) (?:core import |core\.|tools\.)?(\w+)", re.M)

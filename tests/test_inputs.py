@@ -27,6 +27,7 @@ import sums
 import tiny
 import toy
 from core import ranks
+from core.rows import write_json
 from tools import controls
 
 MODULES = {"sft": sft, "scs": scs, "bash": bash, "rac": rac, "generate": generate, "evaluate": evaluate, "toy": toy}
@@ -477,7 +478,7 @@ def base(tmp_path_factory):
     for name, columns in {"D_s": ("x", "y", "y_hat"), "D_r": ("x", "y", "z", "z_bar")}.items():
         made = [{"id": i} | dict.fromkeys(columns, x) for i, x in enumerate(ids)]
         datasets.Dataset.from_list(made).save_to_disk(folder / name)
-        folders.write_json(folder / name / "source.json", {"tokenizer": folders.fingerprint(tokenizer)})
+        write_json(folder / name / "source.json", {"tokenizer": folders.fingerprint(tokenizer)})
     return folder
 
 

@@ -26,8 +26,9 @@ from core.chat import response_text
 from core.flags import count, new_parser
 from core.fsdp import load_tokenizer
 from core.ranks import cli, print0
+from core.rows import write_json
 from data import Dataset
-from folders import fingerprint, read_pairs, write_json
+from folders import fingerprint, read_pairs
 
 
 def noise(d_s: Dataset, seed: int, anywhere: bool = False) -> Dataset:

@@ -44,8 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, fro
 import data
 from core.flags import count, new_parser, number
 from core.ranks import cli, first_line, fold_in, print0
-from core.rows import ids_of, read
-from folders import check_unchanged, write_json
+from core.rows import ids_of, read, write_json
+from folders import check_unchanged
 from tools.verdicts import Unanswered, answer_in, error_in, fault, preferred, to_the_letter
 
 PROMPT = """\

@@ -14,9 +14,8 @@ import numpy as np
 
 from core.answers import optional
 from core.ranks import first_line, print0
-from core.rows import ids_of, read
+from core.rows import ids_of, read, write_json
 from core.tables import SAME, mean_se, percent, read_results, title
-from folders import write_json
 
 # ---------------------------------------------------------------------------------------------- plots
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
