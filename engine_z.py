@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,8 +67,8 @@ def line(row: dict, reference: str, tokenizer, by: dict[str, str]) -> dict:
 
 # ---------------------------------------------------------------------------------------------- reading
 def squeezed(text: str) -> str:
-    """Without white space, which tokenizers tidy up as they decode."""
-    return "".join(text.split())
+    """Without white space, which tokenizers tidy up as they decode, and in one of Unicode's forms, as some read it."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 @dataclasses.dataclass
@@ -82,6 +83,7 @@ class File:
     first: dict[str, int] = dataclasses.field(default_factory=dict)  # ... and of which id first
     by: dict[tuple, dict] = dataclasses.field(default_factory=dict)  # who drew
     own: bool = False  # is the row at hand said to be of this very tokenizer?
+    prompt: tuple[list[int], str, list[int]] = ([], "", [])  # x of the row at hand, its text, and that read again
 
     def say(self, what: str, row: int) -> None:
         self.said[what] += 1
@@ -153,7 +155,7 @@ class File:
                 self.say("empty" if not ids else "ended", own)
                 ids = [*ids, end[0]]
         else:
-            ids = self.from_ids(z, where)
+            ids = self.from_ids(z, x, where)
             if ids[-1] not in end and mark == "stop":
                 self.say("ended", own)
                 ids = [*ids, end[0]]
@@ -167,7 +169,7 @@ class File:
         self.said["responses"] += 1
         return ids[: self.limit]
 
-    def from_ids(self, z: object, where: str) -> list[int]:
+    def from_ids(self, z: object, x: list[int], where: str) -> list[int]:
         if not isinstance(z, list) or not z or not all(isinstance(t, int) and not isinstance(t, bool) for t in z):
             raise ValueError(f"{where}: a response must be a text, or a list of token ids that is not empty")
         if wrong := [t for t in z if t not in self.vocabulary[0]]:
@@ -178,8 +180,18 @@ class File:
         if self.said["looked at"] < LOOKED_AT and not self.own:
             self.said["looked at"] += 1
             text = self.tokenizer.decode(z, clean_up_tokenization_spaces=False)
-            self.said["same again"] += self.tokenizer(text, add_special_tokens=False)["input_ids"] == z
+            self.said["same again"] += self.behind(x, text) == z
         return list(z)
+
+    def behind(self, x: list[int], text: str) -> list[int]:
+        """Token ids of a text behind x, as data.encode has them of a y: cut apart from x where the border falls between
+        tokens. Compared is x as it reads back: SentencePiece may put a space behind a special token there."""
+        if self.prompt[0] != x:
+            before = self.tokenizer.decode(x, clean_up_tokenization_spaces=False)
+            self.prompt = x, before, token_ids(self.tokenizer, before)
+        _, before, ids = self.prompt
+        both = token_ids(self.tokenizer, before + text)
+        return both[len(ids) :] if both[: len(ids)] == ids else token_ids(self.tokenizer, text)
 
     def from_text(self, text: str, x: list[int], where: str) -> list[int]:
         """Token ids of a text behind x, as data.encode has them of a y. Raises ValueError where they are not."""
@@ -194,8 +206,7 @@ class File:
         for name in names:
             if any(text.endswith(name[:k]) for k in range(max(2, (len(name) + 1) // 2), len(name))):
                 raise ValueError(f"{where}: breaks off inside of the special token {name}; give token ids")
-        both = token_ids(self.tokenizer, self.tokenizer.decode(x) + text)
-        ids = both[len(x) :] if both[: len(x)] == x else token_ids(self.tokenizer, text)
+        ids = self.behind(x, text)
         again = self.tokenizer.decode(ids, skip_special_tokens=True)
         if squeezed(again) != squeezed(text):
             told = f"this model's tokenizer makes {again[:40]!r} of {text[:40]!r}"

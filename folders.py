@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -187,7 +188,7 @@ def claim_file(args: argparse.Namespace) -> tuple[Path, Callable[[], None]]:
         same = flags.exists() and json.loads(flags.read_text()) == kept
     except ValueError:  # half a file
         same = False
-    if not same and any(out.parent.glob(out.name + ".*")):
+    if not same and any(out.parent.glob(glob.escape(out.name) + ".*")):
         raise ValueError(f"{out}.* are left from a call with other flags; choose another --out or delete them")
 
     def begin() -> None:

@@ -325,6 +325,8 @@ def check(
         raise ValueError("batch_size must be at least 1 and max_new_tokens at least 0")
     limit = getattr(model.config, "max_position_embeddings", None)
     for i, (prompt, length) in enumerate(zip(prompts, lengths)):
+        if isinstance(prompt, Tensor):
+            raise ValueError("prompts must be lists of token ids, without padding, not tensors: input_ids.tolist()")
         if not prompt:
             raise ValueError(
                 f"prompt {ids[i]} is empty; a model without a BOS token still needs one token to begin from"
@@ -377,17 +379,19 @@ def main() -> None:
     def draw(rows: dict, each: Callable[[int, Rows], None]) -> list[Rows]:
         return generate(model, rows["x"], ids=rows["id"], eos_token_id=ends(tokenizer), each=each, **options)
 
-    references = {}
-    if RANK == 0:  # whole, where y is cut
-        given = data.load_rows(args.task, args.data, args.split, args.columns, args.limit, need_response=False)
-        references = {row["id"]: row["response"] for row in given}
+    given = {}
+    if RANK == 0:  # whole, where x and y are cut
+        rows = data.load_rows(args.task, args.data, args.split, args.columns, args.limit, need_response=False)
+        given = {row["id"]: row for row in rows}
     made = offline(out.with_name(out.name + ".data"), None, examples, model, tokenizer, z=draw)
     if RANK == 0:
         partial = out.with_name(out.name + ".partial")
         by = engine_z.drawn_by(json.loads(Path(args.out + ".args.json").read_text()), tokenizer)
         with open(partial, "w", encoding="utf-8") as file:
             for row in made:
-                line = engine_z.line(row, references[row["id"]], tokenizer, by)
+                line = engine_z.line(row, given[row["id"]]["response"], tokenizer, by)
+                if args.task == "tldr":
+                    line["post"] = given[row["id"]]["prompt"]  # for tools/judge.py
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         partial.rename(out)
     print0(f"{len(made)} prompts, {args.n} responses each: {out}")

@@ -43,7 +43,7 @@ fi
 case ${1:-toy} in
     toy) TASK=toy OUT=${OUT:-out${QUICK:+-quick}} ;;
     real) TASK=sums OUT=${OUT:-out-real${QUICK:+-quick}} ;;
-    *) echo "run.sh: no command $1; there are real and test, and none" >&2; exit 2 ;;
+    *) echo "run.sh: no command $1; there are real, test, setup, and none at all" >&2; exit 2 ;;
 esac
 SEEDS=${SEEDS:-1} NPROC=${NPROC:-1} JOBS=${JOBS:-$(($(nproc) / ${NPROC:-1}))}
 JOBS=$((JOBS > 0 ? JOBS : 1))

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import data
 import sums
 from batches import check_share_prompt
-from core import lora, packed, track
+from core import arrow, lora, packed, track
+from core.chat import ends
 from core.flags import above_zero, below_one, count, data_flags, group, new_parser, number, positive
 from core.fsdp import check_rows, load_tokenizer, model_of
 from core.ranks import WORLD, init, print0
@@ -151,11 +152,23 @@ def start_with_pairs(
 
         def load_pairs(args: argparse.Namespace, tokenizer: object) -> tuple[Dataset, list[str]]:
             rows = read(args.pairs, pair, tokenizer)
-            return rows, [f"{len(rows)} rows of --pairs {args.pairs}; --data, its limit and its lengths are not used"]
+            told = f"{len(rows)} rows of --pairs {args.pairs}; --data, its limit and its lengths are not used"
+            return rows, [told, *without_end(rows, tokenizer)]
 
         run, pairs = start(args, load_pairs, where=where)
         return run, pairs, pairs
     run, examples = start(args, load_examples, max_new_tokens)
     pairs = read(args.pairs, pair, run.tokenizer)
     check_rows(run.model, pairs, where)
+    for note in without_end(pairs, run.tokenizer):
+        print0(note)
     return run, examples, pairs
+
+
+def without_end(pairs: Dataset, tokenizer: object) -> list[str]:
+    """A warning where no y has a token that ends a response (chat.ends): who forgets it teaches never to stop."""
+    y, end = arrow.Rows(pairs).columns["y"], {*ends(tokenizer)}
+    if any(int(y.at(i)[-1]) in end for i in range(len(y))):
+        return []
+    name = tokenizer.convert_ids_to_tokens(min(end))
+    return [f"WARNING: no y of --pairs ends with what ends a response ({name}): the model will learn not to stop"]

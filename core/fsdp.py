@@ -53,7 +53,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=False)
     except Exception as error:  # a missing or broken tokenizer shows as OSError, ValueError, TypeError or ImportError
-        raise OSError(f"--model {path}: no tokenizer could be loaded ({first_line(error)})") from None
+        where = "" if os.path.isdir(path) else "no such folder here, and from the hub "
+        raise OSError(f"--model {path}: {where}no tokenizer could be loaded ({first_line(error)})") from None
     settle_ends(tokenizer, named_ends(base))
     return tokenizer
 
@@ -250,13 +251,13 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- does it fit
-def check_fits(model: torch.nn.Module, tokens: int, largest_id: int, what: str) -> None:
+def check_fits(
+    model: torch.nn.Module, tokens: int, largest_id: int, what: str, else_: str = "lower --max-prompt or --max-response"
+) -> None:
     """Raises ValueError where a sequence of so many tokens, or a token id, would not fit the model."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and tokens > limit:
-        raise ValueError(
-            f"{what} take up to {tokens} tokens, the model has {limit} positions: lower --max-prompt or --max-response"
-        )
+        raise ValueError(f"{what} take up to {tokens} tokens, the model has {limit} positions: {else_}")
     if largest_id >= model.config.vocab_size:
         raise ValueError(
             f"{what} hold token id {largest_id}, the model's vocabulary ends at {model.config.vocab_size - 1}: "
@@ -281,4 +282,6 @@ def check_rows(model: torch.nn.Module, rows: Dataset, where: str = "", max_new_t
         responses = [ids for some in responses for ids in (some if some and isinstance(some[0], list) else [some])]
         tokens = max(len(row["x"]), len(row.get("f", []))) + max(max_new_tokens, *map(len, responses))
         largest = max(max(ids, default=0) for ids in (row["x"], *responses))
-        check_fits(model, tokens, largest, f"{where}row {row['id']}: x and y")
+        what = "f(x, y) and z" if len(row.get("f", [])) > len(row["x"]) else "x and y"
+        else_ = {"else_": "leave the row out"} if where else {}  # no flag shortens what --pairs has
+        check_fits(model, tokens, largest, f"{where}row {row['id']}: {what}", **else_)

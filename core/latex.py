@@ -25,7 +25,8 @@ from fractions import Fraction
 
 SIGNS = str.maketrans({
     "−": "-", "–": "-", "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "√": r"\sqrt ", "×": r"\times ", "·": r"\cdot ",
-    "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "°": "", "\u00a0": " ",
+    "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "°": r"^{\circ}",
+    "\u00a0": " ",
 })  # fmt: skip
 ALIASES = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "le": "leq", "ge": "geq",
@@ -34,7 +35,8 @@ ALIASES = {
 }  # fmt: skip
 COMMAND = r"\\[a-zA-Z]+|\\."
 NUMBER = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
-THOUSANDS = rf"(?<![0-9.])(?<![0-9],)[0-9]{{1,3}}(?:,[0-9]{{3}})+(?!,?[0-9])(?:\.[0-9]+)?|{NUMBER}"
+SIGN = r"(?:\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\^?\\degree(?![a-zA-Z])|\\?[$%])"  # left out; 90^\circ is 90
+THOUSANDS = rf"(?<![0-9.])(?<![0-9],)[1-9][0-9]{{0,2}}(?:,[0-9]{{3}})+(?!,?[0-9])(?:\.[0-9]+)?|{NUMBER}"
 ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1}
 OPEN = ("(", "[", "{", r"\{", r"\langle", r"\lfloor", r"\lceil", r"\lvert", r"\begin")
 CLOSE = (")", "]", "}", r"\}", r"\rangle", r"\rfloor", r"\rceil", r"\rvert", r"\end")
@@ -67,14 +69,15 @@ def plain(s: str) -> str:
         s = s.replace(r"\\", "\\")
     s = re.sub(r"\\([a-zA-Z]+)", lambda m: "\\" + ALIASES.get(m[1], m[1]), s.translate(SIGNS))
     s = re.sub(r"\\(?:left|right)(?:\.|(?![a-zA-Z]))|\\(?:[bB]igg?[lrm]?|displaystyle)(?![a-zA-Z])|\\!\s*", "", s)
+    s = re.sub(rf"{SIGN}\s*,|,\s*(?={SIGN})", ", ", s)  # no comma of thousands
     s = re.sub(rf"{TEXT}\{{\s*\}}", "", s.replace(r"\$", ""))
-    s = re.sub(r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\^?\\degree(?![a-zA-Z])|\\?[$%]", "", s)
+    s = re.sub(SIGN, "", s)
     s = re.sub(r"(?<!\\)\\[()\[\],;: ]|\\q?quad(?![a-zA-Z])|~|\s+", " ", s)
     s = re.sub(r"(?<=[0-9])\{,\}(?=[0-9]{3})", "", s).replace("{,}", ",")
     s = re.sub(r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])", lambda m: m[0].replace(" ", ""), s)
     s = re.sub(r"(?<![0-9.,])([0-9]+) ([0-9]+)\s*/\s*([0-9]+)$", r"\1\\frac{\2}{\3}", s)  # 2 1/2
     s = re.sub(r"(?<![0-9.,])([0-9]*)\.([0-9]*)\s*\\overline\s*(?:([0-9])|\{([0-9]+)\})", repeating, s)
-    s = re.sub(rf"{TEXT}\{{\s*(?:,?\s*(?:or|and)|,)\s*\}}|(?<![\\a-zA-Z])(?:or|and)(?![a-zA-Z])", ",", s)
+    s = re.sub(rf"{TEXT}\{{\s*(?:,?\s*(?:or|and)|,)\s*\}}|(?<![\\a-zA-Z])(?:or|and)(?![a-zA-Z])", ", ", s)
     while m := re.fullmatch(rf"\s*(?:{TEXT})?\{{([^{{}}]*)\}}\s*\.?\s*", s):
         s = m[1]
     return re.sub(r"(?<!\.)\.$", "", s.strip().rstrip(" ;\\"))
@@ -215,7 +218,8 @@ def product(s: str) -> tuple[Fraction, str]:
     if not s:
         return Fraction(1), signs.strip() or "{}"
     s, factor, rest, i = over(s), Fraction(1), "", 0
-    follows = re.compile(r"\s*(?:$|[a-zA-Z\\({*])").match  # but nothing is taken from 2^x, 5!, 2516_8, 3:4
+    # but nothing is taken from 2^x, 5!, 2516_8, 1A_{16}, 3:4
+    follows = re.compile(r"(?![0-9A-F]+\s*_\s*\{?\s*[0-9])\s*(?:$|[a-zA-Z\\({*])").match
     if (m := re.match(THOUSANDS, s)) and follows(s, m.end()):
         factor, i = Fraction(m[0].replace(",", "")), m.end()
     if m := re.compile(r"\s*(\\cdot|\*)?\s*\\frac(?![a-zA-Z])").match(s, i):

@@ -186,7 +186,7 @@ def pairs(task: str, row: dict, wanted: dict[str, str], where: str, need_respons
     if name == other and (need_response or not asks):
         answers = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
-            raise ValueError(f"{where}: column {name!r} has no assistant turn; remove the row")
+            raise ValueError(f"{where}: column {name!r} has no assistant turn; remove the row (rows count from 0)")
         return [{"prompt": turns[:k], "response": turns[k]["content"]} for k in answers]
     if not asks:
         raise ValueError(f"{where}: column {name!r} must end with a user turn, as it is the prompt")
@@ -234,7 +234,7 @@ def one_row(row: dict, wanted: dict[str, str], where: str, need_response: bool =
                 parts.append(value)
         texts[key] = "\n\n".join(parts)
         if not texts[key] and (key == "prompt" or need_response):
-            raise ValueError(f"{where}: empty {key} (column {names!r}); remove the row")
+            raise ValueError(f"{where}: empty {key} (column {names!r}); remove the row (rows count from 0)")
     return texts
 
 
@@ -258,7 +258,7 @@ def checked(value: object, name: str, where: str, dialogue: bool = False) -> str
         value.encode()
     except UnicodeEncodeError as error:
         bad = f"column {name!r} is not text at character {error.start} (a lone surrogate)"
-        raise ValueError(f"{where}: {bad}; remove the row") from None
+        raise ValueError(f"{where}: {bad}; remove the row (rows count from 0)") from None
     if found := re.search("[\ufdd0-\ufdd2]", value):
         bad = f"column {name!r} has U+{ord(found[0]):04X} at character {found.start()}, which is no character"
         raise ValueError(f"{where}: {bad}; remove it")

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tokenizers import decoders
+from tokenizers import decoders, normalizers, pre_tokenizers
 
 import bon
 import data
@@ -24,8 +24,10 @@ import test_stages
 import tiny
 from core import fsdp, ranks
 from test_cache import word_bpe
+from test_reports import sentence_piece
 from test_stages import base, fails, run
 from test_training import free_port, largest_difference, log
+from tools import judge
 
 __all__ = ["base"]  # pytest finds fixtures by name
 ROOT = Path(__file__).parent.parent
@@ -120,6 +122,18 @@ def test_text_as_generate_writes_it(base, drawn, tmp_path, monkeypatch, capsys):
     assert "WARNING: z" not in capsys.readouterr().err
 
 
+def test_generate_hands_the_judge_the_whole_post(base, tmp_path, monkeypatch):
+    """Of tldr, where the query is cut."""
+    post = "the model writes its own answer . " * 30
+    write(tmp_path / "posts.jsonl", [{"post": post, "summary": "its own"}])
+    words = ["generate.py", "--model", base / "model", "--task", "tldr", "--data", tmp_path / "posts.jsonl"]
+    words += ["--max-prompt", 40, "--max-response", 4, "--out", tmp_path / "z.jsonl"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    generate.main()
+    questions, _ = judge.summaries(tmp_path / "z.jsonl", None, 0)
+    assert [question["post"] for question in questions] == [post]
+
+
 def test_text_behind_a_prompt_is_tokenised_as_the_model_reads_it(tmp_path):
     """Where the border falls between tokens, as data.encode cuts them apart; else alone. Both give the text back."""
     tokenizer = byte_level()
@@ -128,6 +142,47 @@ def test_text_behind_a_prompt_is_tokenised_as_the_model_reads_it(tmp_path):
         file = engine_z.File("z", tokenizer, 1, 99)
         assert file.from_text(text, x, "here") == y[:-1]
         assert tokenizer.decode(y[:-1]) == text
+
+
+def llama_2():
+    """As that of Llama 2 and Mistral 7B: a space is put before a text, and behind a special token in it."""
+    tokenizer = sentence_piece(scheme="never")
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [sentence_piece, lambda: sentence_piece(scheme="always"), llama_2, byte_level])
+@pytest.mark.parametrize("kind", ["text", "ids"])
+def test_an_answer_behind_a_template_is_read_as_y_is(tmp_path, make, kind):
+    """z of y's text is y, and y's token ids are its own, also where a tokenizer puts a space before a text alone."""
+    tokenizer = make()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token }}\n{% endfor %}the:\n"
+    texts = ["the end of a turn", "it is so and so on", "< is | it > so", "boss", "a turn is a turn"] * 2
+    rows = [{"question": "is it so ?", "answer": text} for text in texts]
+    examples, _ = data.examples("gsm8k", tokenizer, data=str(write(tmp_path / "train.jsonl", rows)))
+    file = engine_z.File("z", tokenizer, 1, 99)
+    for row, text in zip(examples, texts, strict=True):
+        z = tokenizer.decode(row["y"][:-1]) if kind == "text" else row["y"]
+        assert kind == "ids" or engine_z.squeezed(z) == engine_z.squeezed(text)
+        assert file.ids_of(z, "stop", row["x"], row["id"], "here") == row["y"]
+    assert kind == "text" or file.said["same again"] == file.said["looked at"] == len(texts)
+
+
+def test_a_tokenizer_that_normalises_reads_what_it_is_given(tmp_path):
+    """As Qwen's, which bring a text to Unicode's NFC: the ohm sign comes back as the letter omega."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    question, answer = "how many \u2126 are 5 \u2126 ?", "so 5 \u2126"
+    train = write(tmp_path / "train.jsonl", [{"question": question, "answer": answer}])
+    (row,) = data.examples("gsm8k", tokenizer, data=str(train))[0]
+    file = engine_z.File("z", tokenizer, 1, 99)
+    file.check_prompt(question, row["x"], "row 0 (id 0)")
+    assert file.from_text(answer, row["x"], "row 0 (id 0)") == row["y"][:-1]
+    with pytest.raises(ValueError, match="its prompt is not that of the data's row 0"):
+        file.check_prompt(question + "5", row["x"], "row 0 (id 0)")
 
 
 def test_the_first_d_alone_is_the_files(base, drawn, tmp_path, monkeypatch):

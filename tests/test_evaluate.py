@@ -289,6 +289,9 @@ def test_table_arithmetic(tmp_path):
     assert table["differences"][1]["metrics"]["accuracy_t0"] == (pytest.approx(c[0] - a[1]), None)
     lines = tables.markdown(table).splitlines()
     assert lines[2].startswith("| Method | Greedy (%) | NLL given y | Training (s) | Seeds |")
+    assert "Accuracies in percent (above temperature 0: of " in lines[0]
+    silent = tables.summarise(tables.read_results(written(tmp_path, result("sft", 1, nll_y=1.0))))
+    assert "Accuracies in" not in tables.markdown(silent).splitlines()[0]  # where nothing was generated
     assert lines[4] == (
         f"| sft-more | {100 * a.mean():.1f} ± {100 * a.std(ddof=1) / math.sqrt(3):.1f} "
         f"| {1 + a.mean():.4f} ± {a.std(ddof=1) / math.sqrt(3):.4f} | – | 3 |"

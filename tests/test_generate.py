@@ -352,6 +352,7 @@ def test_noise_is_the_same_on_the_gpu():
     "bad,message",
     [
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": torch.tensor([[1, 2], [3, 4]])}, r"must be lists of token ids, .*: input_ids.tolist\(\)"),
         ({"ids": [1]}, "2 prompts but 1 ids"),
         ({"temperature": -0.1}, "temperature must be at least 0, not -0.1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], not 0.0"),

@@ -299,7 +299,7 @@ CASES = [
         flags="--columns response=messages",
     ),
     # --model
-    ("sft", "--model missing", "--model missing: no tokenizer could be loaded"),
+    ("sft", "--model missing", "--model missing: no such folder here, and from the hub no tokenizer could be loaded"),
     ("sft", "--model ./missing", "--model ./missing: no such folder"),
     ("sft", "--model train.jsonl", "--model train.jsonl: no such folder"),
     ("sft", "--model empty", "--model empty: not a model's folder", lambda: Path("empty").mkdir()),
@@ -352,6 +352,7 @@ CASES = [
     ("generate", "--out train.jsonl/z", "--out train.jsonl/z cannot be written"),
     ("generate", "", "are left from a call with other flags", file("out/z.jsonl.args.json", "{}")),
     ("generate", "", "are left from a call with other flags", file("out/z.jsonl.args.json", "{")),
+    ("generate", "--out out/z[1].jsonl", "are left from a call with other", file("out/z[1].jsonl.data.parts/0", "")),
     ("toy data", "--out train.jsonl", "--out train.jsonl exists already"),
     ("toy data", "--out train.jsonl/data", "Not a directory: 'train.jsonl/data"),
     # --pairs
@@ -380,7 +381,7 @@ CASES = [
     ("rac", "--pairs D_r", "--pairs D_r, row 0: y has ids from 3 to 1000000", pairs(y=[3, 10**6])),
     ("rac", "--pairs D_r", "--pairs D_r, row 0: x must be a list of token ids, and not empty", pairs(x=[])),
     ("rac", "--pairs D_r", "--pairs D_r, row 0: x must be a list of token ids", pairs(x=[None])),
-    ("rac", "--pairs D_r", "--pairs D_r, row 0: x and y take up to 304 tokens", pairs(x=[5] * 300)),
+    ("rac", "--pairs D_r", "take up to 304 tokens, the model has 256 positions: leave the row out", pairs(x=[5] * 300)),
     ("rac", "--pairs D_r", "D_r: was made with another tokenizer", file("D_r/source.json", '{"tokenizer": "0"}')),
     ("rac", "--pairs D_r --data missing --sft-epochs 1", "--data missing: no such file"),
     ("rac", "--pairs D_r", "--pairs D_r: cannot be read", file("D_r/source.json", "{")),
@@ -403,7 +404,7 @@ CASES = [
     ("evaluate run", "--task toy --columns prompt=prompt", "no response of the data holds an answer as --task toy"),
     data("row 1: no column 'response' for the response", rows({"response": None}), command="evaluate run"),
     ("evaluate table", "", "arguments are required: results"),
-    ("evaluate table", "missing.json", "No such file or directory: 'missing.json'"),
+    ("evaluate table", "missing.json", "missing.json: no such file; the --out of `evaluate.py run` has a results.json"),
     ("evaluate table", "model", "Is a directory: 'model'"),
     *(
         ("evaluate table", "a", "a: not a results.json of `evaluate.py run`", file("a", content))
@@ -545,6 +546,15 @@ def test_generate_answers_a_dialogue(base, tmp_path, monkeypatch):
     tokenizer = tiny.word_tokenizer()
     assert made["prompt"] == tokenizer.decode(tokenizer(rac.data.chat(tokenizer, row["messages"]))["input_ids"])
     assert made["id"] == 0 and made["reference"] == "" and len(made["responses"]) == 1
+
+
+def test_pairs_that_never_end_are_warned_of(base, tmp_path, monkeypatch, capsys):
+    told = "WARNING: no y of --pairs ends with what ends a response (<eos>)"
+    run(base, tmp_path, monkeypatch, "rac", "--pairs D_r --epochs 0", steps())
+    assert told in capsys.readouterr().err
+    one_ends = other_pairs(lambda rows: rows.map(lambda row, i: {"y": [5, 1 if i == 2 else 5]}, with_indices=True))
+    run(base, tmp_path, monkeypatch, "rac", "--pairs made --epochs 0 --out ended", one_ends)
+    assert told not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", WORKS)

@@ -111,6 +111,11 @@ def test_unparsed(answer):
         ("<think>\nPreferred: A\n</think>", None),
         ("Preferred: B, I <think>", None),
         ("A thoughtful <summary> is\nPreferred: B", "B"),
+        ("Comparison: A is more [thoughtful] than B.\nPreferred: A", "A"),
+        ("Comparison: A has more <analysis> than B.\nPreferred: A", "A"),
+        ("So: [analysis] is\nPreferred: A\n[/analysis]\nPreferred: B", "B"),
+        ("[analysis]\nPreferred: A", None),
+        ("<thinking_process>\nPreferred: A\n</thinking_process>\nPreferred: B", "B"),
     ],
 )  # fmt: skip
 def test_reasoning_is_cut_off(answer, choice):

@@ -18,7 +18,7 @@ epochs, ...) it draws each metric over x, a line a --name, the mean ± standard 
 `pass-at-k` draws pass@k over k, from results.json files of `evaluate.py run --generations N`: a line a --name, the mean
 ± standard error over seeds.
 
-`distance` reads what `generate.py --n 256 --temperature 1` wrote, embeds responses and references, and draws a violin
+`distance` reads what `generate.py --n 256 --temperature 0.7` wrote, embeds responses and references, and draws a violin
 of 1 - cosine similarity for each query and file; the box inside shows minimum, quartiles, median and maximum. (The
 paper names that embedding, and not the distance.)
 """

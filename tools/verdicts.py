@@ -23,7 +23,8 @@ PASSING = re.compile(  # in the words of an error without a code
 )
 BROKE = re.compile(r"insufficient.?(quota|credit|balance|fund)", re.IGNORECASE)  # which OpenAI says with code 429
 
-THINK = r"(?:[\w:]*(?:think|thought)\w*|reason(?:ing)?|analysis|reflection|scratchpad)"
+WORD = r"reason(?:ing)?|analysis|reflection|scratchpad"  # ordinary words, too
+THINK = rf"(?:[\w:]*(?:think|thought)(?:ing|s)?(?:[_-]\w+)?|{WORD})"
 BEGIN, END = r"<\|begin_of_(?:thought|think\w*)\|>", r"<\|end_of_(?:thought|think\w*)\|>"
 CHANNEL = r"<\|channel\|>\s*{}[^<]*<\|message\|>"  # of gpt-oss
 TAG = re.compile(
@@ -111,15 +112,19 @@ def text_of(content: object) -> str:
 
 # ---------------------------------------------------------------------------------------------- a verdict
 def spoken(text: str) -> str:
-    """A text without its reasoning: what stands in tags, before one that only closes, after one that never does."""
-    said, thinking, end = "", False, 0
+    """A text without its reasoning: what stands in tags, before one that only closes, after one that never does. An
+    ordinary word in brackets within a line, `more [analysis] than B`, is no tag where nothing closes it."""
+    said, begun, end = "", None, 0  # begun: the tag that opens the reasoning at hand
     for tag in TAG.finditer(text):
         if tag["open"]:
-            said += "" if thinking else text[end : tag.start()]
-        elif not thinking:
-            said = ""
-        thinking, end = bool(tag["open"]), tag.end()
-    said += "" if thinking else text[end:]
+            said += "" if begun else text[end : tag.start()]
+            begun = begun or tag
+        else:
+            said, begun = said if begun else "", None
+        end = tag.end()
+    if begun and re.fullmatch(rf"[<\[](?:{WORD})[^<]*", begun[0], re.IGNORECASE) and said.rpartition("\n")[2].strip():
+        begun, end = None, begun.start()
+    said += "" if begun else text[end:]
     return re.sub(r"<\|\w+\|>", "", said).replace("\r\n", "\n")  # <|im_end|>
 
 
