@@ -282,6 +282,7 @@ def check_rows(model: torch.nn.Module, rows: Dataset, where: str = "", max_new_t
         responses = [ids for some in responses for ids in (some if some and isinstance(some[0], list) else [some])]
         tokens = max(len(row["x"]), len(row.get("f", []))) + max(max_new_tokens, *map(len, responses))
         largest = max(max(ids, default=0) for ids in (row["x"], *responses))
-        what = "f(x, y) and z" if len(row.get("f", [])) > len(row["x"]) else "x and y"
+        too_long = limit and tokens > limit
+        what = "f(x, y) and z" if too_long and len(row.get("f", [])) > len(row["x"]) else "x and y"
         else_ = {"else_": "leave the row out"} if where else {}  # no flag shortens what --pairs has
         check_fits(model, tokens, largest, f"{where}row {row['id']}: {what}", **else_)

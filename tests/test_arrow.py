@@ -225,7 +225,7 @@ def test_rows_are_checked_against_the_model_as_row_by_row():
     model = tiny.model("llama", vocab=60, max_position_embeddings=20)
     rows = [{"id": i, "x": [5] * (1 + i % 5), "f": [6] * (2 + i % 7), "y": [7] * (1 + i % 9)} for i in range(300)]
     fsdp.check_rows(model, datasets.Dataset.from_list(rows), max_new_tokens=12)
-    with pytest.raises(ValueError, match="row 6: x and y take up to 21 tokens"):
+    with pytest.raises(ValueError, match=r"row 6: f\(x, y\) and z take up to 21 tokens"):
         fsdp.check_rows(model, datasets.Dataset.from_list(rows), max_new_tokens=13)
     for change, message in (({"x": [3] * 18}, "row 40: x and y take up to 23"), ({"f": [60] * 3}, None),
                             ({"y": [60]}, "row 40: x and y hold token id 60")):  # fmt: skip
