@@ -77,7 +77,8 @@ run() { # run STAGE.py FLAGS: in one process, or in NPROC under torchrun
 # methods' computation on SFT: a joint step is two SFT steps, and drawing and labelling z costs about one epoch.
 # The toy's E and LR are those best for sft-more of 3 and 8, 3e-4 and 1e-3, on the validation problems with a seed that is
 # not reported (results/toy-valid); reported are the test problems. LR of `real` is chosen so, too, of 5e-5 and 1e-4 with
-# E=2 (results/real/valid: SPLIT=valid SEEDS=6 METHODS=sft-more LR=... bash run.sh real).
+# E=2 (results/real/valid: SPLIT=valid SEEDS=6 METHODS=sft-more LR=... bash run.sh real). E=4 is better for sft-more still,
+# and takes twice as long (docs/real.md).
 problems() { # problems TRAIN VALID TEST: how many, unless the environment says so
     if [ -n "${QUICK:-}" ]; then set -- 64 32 32; fi
     TRAIN=${TRAIN:-$1} VALID=${VALID:-$2} TEST=${TEST:-$3}
