@@ -22,7 +22,7 @@ case $OUT in *[[:space:]]*) echo "real_data.sh: OUT must be a path without blank
 case " $* " in *" figure2 "*) EMBEDDER=${EMBEDDER:?the folder of a sentence-transformers model} ;; esac
 DATA=${DATA:?the folder that holds gsm8k/, summarization/ and qa/}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456 # as in run.sh
+export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456 # as in run.sh
 
 mkdir -p "$OUT" results/real
 BASE=${MODEL:-$OUT/base}
