@@ -198,9 +198,13 @@ def encode(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]
     data), and text in the response. A <think> at the end of the prompt is not opened again."""
     response = shield(tokenizer, without_opening(prompt, response))
     x = tokenize(tokenizer, prompt)
-    both = tokenize(tokenizer, prompt + response)
-    y = both[len(x) :] if both[: len(x)] == x else token_ids(tokenizer, response)
-    return x, [*y, ends(tokenizer)[0]]
+    return x, [*behind(tokenizer, prompt, x, response), ends(tokenizer)[0]]
+
+
+def behind(tokenizer, prompt: str, x: list[int], text: str) -> list[int]:
+    """The ids of a text behind a prompt, whose own are x: without x where both, read together, begin with it."""
+    both = tokenize(tokenizer, prompt + text)
+    return both[len(x) :] if both[: len(x)] == x else token_ids(tokenizer, text)
 
 
 def examples(

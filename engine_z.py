@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import data
 from core import arrow
-from core.chat import ends, response_text, specials, token_ids
+from core.chat import ends, response_text, specials
 from core.flags import group
 from core.ranks import from_first
 from core.rows import each_row, numbered
@@ -184,14 +184,11 @@ class File:
         return list(z)
 
     def behind(self, x: list[int], text: str) -> list[int]:
-        """Token ids of a text behind x, as data.encode has them of a y: cut apart from x where the border falls between
-        tokens. Compared is x as it reads back: SentencePiece may put a space behind a special token there."""
+        """data.behind of x as it reads back: SentencePiece may put a space behind a special token there."""
         if self.prompt[0] != x:
             before = self.tokenizer.decode(x, clean_up_tokenization_spaces=False)
-            self.prompt = x, before, token_ids(self.tokenizer, before)
-        _, before, ids = self.prompt
-        both = token_ids(self.tokenizer, before + text)
-        return both[len(ids) :] if both[: len(ids)] == ids else token_ids(self.tokenizer, text)
+            self.prompt = x, before, data.tokenize(self.tokenizer, before)
+        return data.behind(self.tokenizer, *self.prompt[1:], text)
 
     def from_text(self, text: str, x: list[int], where: str) -> list[int]:
         """Token ids of a text behind x, as data.encode has them of a y. Raises ValueError where they are not."""

@@ -251,13 +251,15 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- does it fit
-def check_fits(
-    model: torch.nn.Module, tokens: int, largest_id: int, what: str, else_: str = "lower --max-prompt or --max-response"
-) -> None:
-    """Raises ValueError where a sequence of so many tokens, or a token id, would not fit the model."""
+LOWER = "lower --max-prompt or --max-response"
+
+
+def check_fits(model: torch.nn.Module, tokens: int, largest_id: int, what: str, advice: str = LOWER) -> None:
+    """Raises ValueError where a sequence of so many tokens, or a token id, would not fit the model. advice: what to do
+    about the length."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and tokens > limit:
-        raise ValueError(f"{what} take up to {tokens} tokens, the model has {limit} positions: {else_}")
+        raise ValueError(f"{what} take up to {tokens} tokens, the model has {limit} positions: {advice}")
     if largest_id >= model.config.vocab_size:
         raise ValueError(
             f"{what} hold token id {largest_id}, the model's vocabulary ends at {model.config.vocab_size - 1}: "
@@ -284,5 +286,5 @@ def check_rows(model: torch.nn.Module, rows: Dataset, where: str = "", max_new_t
         largest = max(max(ids, default=0) for ids in (row["x"], *responses))
         too_long = limit and tokens > limit
         what = "f(x, y) and z" if too_long and len(row.get("f", [])) > len(row["x"]) else "x and y"
-        else_ = {"else_": "leave the row out"} if where else {}  # no flag shortens what --pairs has
-        check_fits(model, tokens, largest, f"{where}row {row['id']}: {what}", **else_)
+        advice = "leave the row out" if where else LOWER  # no flag shortens what --pairs has
+        check_fits(model, tokens, largest, f"{where}row {row['id']}: {what}", advice)

@@ -67,14 +67,15 @@ def read_results(paths: list[str]) -> list[dict]:
     runs = []
     for path in paths:
         try:
-            if not Path(path).exists():
-                raise FileNotFoundError(f"{path}: no such file; the --out of `evaluate.py run` has a results.json")
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             found = found.get("runs", [found])
             good = found and all({"name", "seed", "n", "metrics", *SAME} <= one.keys() for one in found)
             for one in found if good else []:
                 good &= isinstance(one["name"], str) and isinstance(one["seed"], int)
                 good &= all(isinstance(value, int | float) for value in [one["beta"], *one["metrics"].values()])
+        except FileNotFoundError:
+            told = "no such file; the --out of `evaluate.py run` has a results.json"
+            raise FileNotFoundError(f"{path}: {told}") from None
         except (ValueError, TypeError, AttributeError):
             good = False
         if not good:
@@ -132,12 +133,12 @@ def markdown(table: dict) -> str:
             cells.append([row["name"].replace("|", "\\|"), *values, str(len(row["seeds"]))])
         return ["| " + " | ".join(line) + " |" for line in cells]
 
-    drawn = f"Accuracies in percent (above temperature 0: of {run['generations']} generations), "
+    drawn = any(key.startswith("accuracy") for key in columns)
+    accuracies = f"Accuracies in percent (above temperature 0: of {run['generations']} generations), " if drawn else ""
     caption = (
         f"Task {run['task']}, {run['n']} test examples (set {run['test_set']}); mean ± standard error over seeds. "
-        f"{drawn if any(key.startswith('accuracy') for key in columns) else ''}"
-        f"NLL in nats per token of y; g: the model's own mixed prefix of Eq. 4, β = {run['beta']:g}; Gap: the NLL "
-        "given g less that given y."
+        f"{accuracies}NLL in nats per token of y; g: the model's own mixed prefix of Eq. 4, β = {run['beta']:g}; Gap: "
+        "the NLL given g less that given y."
     )
     parts = [caption, "", *lines("Method", table["rows"])]
     if table["differences"]:
